@@ -1,0 +1,172 @@
+"""Model sizes and numerics: frozen, hashable descriptions that are static arguments of every jitted function.
+
+`ModelConfig` holds what a GGUF file's metadata determines; nothing is hard-coded to one model. `Numerics` holds
+everything that can change a bit of the result without changing the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ds4jax.errors import ConfigError
+
+OPS = (
+    "embed",
+    "linear",
+    "grouped_linear",
+    "rms_norm",
+    "rope_table",
+    "rope",
+    "q_norm_rope",
+    "kv_norm_rope",
+    "hyper_pre",
+    "hyper_post",
+    "hyper_head",
+    "router",
+    "routed_experts",
+    "shared_expert",
+    "compress",
+    "indexer",
+    "attention",
+)
+"""Names of the operations whose implementation `Numerics.impl` chooses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and schedule of a DeepSeek-V4 model, under the names of its `config.json`.
+
+    `compress_ratios` has one entry per decoder layer: 0 window only, 4 compressed sparse attention (CSA) with an
+    indexer, any other value heavily compressed attention (HCA) at that ratio. `swiglu_limit` and
+    `swiglu_limit_shared` are per layer with one more entry for the MTP block; 0 means no clamp.
+    """
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    num_hidden_layers: int  # L
+    compress_ratios: tuple[int, ...]  # [L]
+    num_hash_layers: int
+    hc_mult: int  # H
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    num_attention_heads: int  # N
+    head_dim: int  # d
+    qk_rope_head_dim: int  # r
+    q_lora_rank: int  # R_q
+    o_groups: int  # G
+    o_lora_rank: int  # R_o
+    sliding_window: int  # W
+    index_n_heads: int  # N_I
+    index_head_dim: int  # d_I
+    index_topk: int  # K_I
+    n_routed_experts: int  # E
+    num_experts_per_tok: int  # K
+    moe_intermediate_size: int  # F
+    routed_scaling_factor: float
+    swiglu_limit: tuple[float, ...]  # [L + 1]
+    swiglu_limit_shared: tuple[float, ...]  # [L + 1]
+    rope_theta: float
+    compress_rope_theta: float
+    rope_factor: float  # YaRN, compressed layers only
+    original_seq_len: int
+    beta_fast: float
+    beta_slow: float
+    max_position_embeddings: int
+    has_mtp: bool = False
+
+    def __post_init__(self) -> None:
+        layers = self.num_hidden_layers
+        _require(len(self.compress_ratios) == layers, f"compress_ratios has {len(self.compress_ratios)} entries, expected {layers}")
+        for name in ("swiglu_limit", "swiglu_limit_shared"):
+            _require(len(getattr(self, name)) == layers + 1, f"{name} has {len(getattr(self, name))} entries, expected {layers + 1}")
+        _require(self.num_attention_heads % self.o_groups == 0, f"{self.num_attention_heads} heads do not divide into {self.o_groups} output groups")
+        _require(self.qk_rope_head_dim % 2 == 0, f"rotary size {self.qk_rope_head_dim} is odd")
+        _require(self.qk_rope_head_dim <= self.head_dim, f"rotary size {self.qk_rope_head_dim} exceeds head size {self.head_dim}")
+        _require(self.num_experts_per_tok <= self.n_routed_experts, f"{self.num_experts_per_tok} experts per token of {self.n_routed_experts}")
+        if 4 in self.compress_ratios:
+            _require(self.qk_rope_head_dim <= self.index_head_dim, f"rotary size {self.qk_rope_head_dim} exceeds indexer head size {self.index_head_dim}")
+
+    def is_hash_layer(self, layer: int) -> bool:
+        """Whether a decoder layer takes its expert ids from a token table."""
+        return layer < self.num_hash_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """Everything that may change a bit of the result: row handling, formats, simulated casts, implementations.
+
+    rows: "loop" runs each XLA operation one row at a time inside a loop with a run-time trip count, so that a row's
+        result cannot depend on how many rows ride along; "batch" hands all rows to XLA at once.
+    act: activations of quantised matmuls; "q8" int8 per 32 values (Q8_0, IQ2_XXS) or 256 (Q2_K, Q4_K), "f32" floats.
+    sim_kv: FP8 round trip of raw and compressed attention rows, as the model was trained.
+    sim_index: Hadamard transform and FP4 round trip of indexer queries and rows, as the model was trained.
+    cache: storage of attention and indexer rows, "f32" or "f16".
+    precision: float dots in XLA, "highest" (float32) or "default" (TF32 on GPUs).
+    impl: implementation of every operation in `OPS`, "xla" or "pallas"; a name is a demand.
+    xla: compiler options handed to `jax.jit` for every executable.
+    """
+
+    rows: Literal["loop", "batch"]
+    act: Literal["q8", "f32"]
+    sim_kv: bool
+    sim_index: bool
+    cache: Literal["f32", "f16"]
+    precision: Literal["highest", "default"]
+    impl: tuple[tuple[str, str], ...]
+    xla: tuple[tuple[str, bool | int | str], ...]
+
+    def __post_init__(self) -> None:
+        choices = {
+            "rows": ("loop", "batch"),
+            "act": ("q8", "f32"),
+            "cache": ("f32", "f16"),
+            "precision": ("highest", "default"),
+        }
+        for name, allowed in choices.items():
+            _require(getattr(self, name) in allowed, f"{name} = {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        names = [name for name, _ in self.impl]
+        _require(sorted(names) == sorted(OPS), f"impl must name every operation once; missing {sorted(set(OPS) - set(names))}, unknown {sorted(set(names) - set(OPS))}")
+        for name, chosen in self.impl:
+            _require(chosen in ("xla", "pallas"), f"impl.{name} = {chosen!r}, expected xla or pallas")
+
+    def implementation(self, op: str) -> str:
+        """The implementation demanded for an operation."""
+        return dict(self.impl)[op]
+
+    @property
+    def compiler_options(self) -> dict[str, bool | int | str]:
+        """Options for `jax.jit(..., compiler_options=...)`."""
+        return dict(self.xla)
+
+    def replace(self, **changes: Any) -> Numerics:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @staticmethod
+    def from_mapping(table: Mapping[str, Any]) -> Numerics:
+        """Builds Numerics from a parsed TOML table; an unknown or missing key is a `ConfigError`."""
+        fields = {field.name for field in dataclasses.fields(Numerics)}
+        _require(set(table) == fields, f"numerics keys: missing {sorted(fields - set(table))}, unknown {sorted(set(table) - fields)}")
+        values = dict(table)
+        for name in ("impl", "xla"):
+            _require(isinstance(values[name], Mapping), f"{name} must be a table")
+            values[name] = tuple(sorted(values[name].items()))
+        return Numerics(**values)
+
+    @staticmethod
+    def from_toml(text: str) -> Numerics:
+        """Parses a numerics TOML document such as `configs/strict.toml`."""
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"not a TOML document: {error}") from error
+        return Numerics.from_mapping(table)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

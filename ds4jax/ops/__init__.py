@@ -1,0 +1,79 @@
+"""The switchboard: every operation of the model by name, carried out by the implementation that `Numerics` demands.
+
+The functions here take arrays over T rows and `live [T]`, which rows exist; results of absent rows are unspecified.
+Each is traced once per shape, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool
+
+from ds4jax.config import Numerics
+from ds4jax.errors import ConfigError
+from ds4jax.ops import attention as _attention
+from ds4jax.ops import compress as _compress
+from ds4jax.ops import hyper as _hyper
+from ds4jax.ops import linear as _linear
+from ds4jax.ops import moe as _moe
+from ds4jax.ops import norm as _norm
+from ds4jax.ops import rope as _rope
+from ds4jax.ops.rows import map_rows
+
+
+def _router(x: Any, ids: Any, gate: Any, bias: Any, **settings: Any) -> Any:
+    return _moe.route(x, gate, bias, ids, **settings)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "embed": _linear.embed,
+    "linear": _linear.linear,
+    "grouped_linear": _linear.grouped_linear,
+    "rms_norm": _norm.rms_norm,
+    "rope_table": _rope.rope_table,
+    "rope": _rope.rotate,
+    "q_norm_rope": _rope.q_norm_rope,
+    "kv_norm_rope": _rope.kv_norm_rope,
+    "hyper_pre": _hyper.hyper_pre,
+    "hyper_post": _hyper.hyper_post,
+    "hyper_head": _hyper.hyper_head,
+    "router": _router,
+    "routed_experts": _moe.routed_experts,
+    "shared_expert": _moe.shared_expert,
+    "compress": _compress.compress,
+    "indexer": _attention.indexer,
+    "attention": _attention.attention,
+}
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
+def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Array, rows: Any, shared: Any) -> Any:
+    chosen = num.implementation(name)
+    if chosen != "xla":
+        raise ConfigError(f'ops.{name}: there is no {chosen} kernel for it; set impl.{name} = "xla"')
+    function = functools.partial(_REFERENCE[name], **dict(settings))
+
+    def call(*row_args: Any) -> Any:
+        return function(*row_args, *shared)
+
+    return map_rows(call, live, *rows) if num.rows == "loop" else call(*rows)
+
+
+def call(
+    name: str, num: Numerics, live: Bool[Array, " T"], rows: tuple[Any, ...], shared: tuple[Any, ...], **settings: Any
+) -> Any:
+    """Carries out operation `name`.
+
+    Args:
+        rows: arguments of the reference function with a leading row axis, in its order.
+        shared: its remaining positional arguments: weights and caches.
+        settings: its keyword arguments, static.
+
+    Raises:
+        ConfigError: the implementation demanded for this operation does not exist.
+    """
+    return _run(name, num, tuple(sorted(settings.items())), live, rows, shared)
