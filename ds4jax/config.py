@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ds4jax.errors import ConfigError
 
@@ -80,15 +80,33 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         layers = self.num_hidden_layers
-        _require(len(self.compress_ratios) == layers, f"compress_ratios has {len(self.compress_ratios)} entries, expected {layers}")
+        _require(
+            len(self.compress_ratios) == layers,
+            f"compress_ratios has {len(self.compress_ratios)} entries, expected {layers}",
+        )
         for name in ("swiglu_limit", "swiglu_limit_shared"):
-            _require(len(getattr(self, name)) == layers + 1, f"{name} has {len(getattr(self, name))} entries, expected {layers + 1}")
-        _require(self.num_attention_heads % self.o_groups == 0, f"{self.num_attention_heads} heads do not divide into {self.o_groups} output groups")
+            _require(
+                len(getattr(self, name)) == layers + 1,
+                f"{name} has {len(getattr(self, name))} entries, expected {layers + 1}",
+            )
+        _require(
+            self.num_attention_heads % self.o_groups == 0,
+            f"{self.num_attention_heads} heads do not divide into {self.o_groups} output groups",
+        )
         _require(self.qk_rope_head_dim % 2 == 0, f"rotary size {self.qk_rope_head_dim} is odd")
-        _require(self.qk_rope_head_dim <= self.head_dim, f"rotary size {self.qk_rope_head_dim} exceeds head size {self.head_dim}")
-        _require(self.num_experts_per_tok <= self.n_routed_experts, f"{self.num_experts_per_tok} experts per token of {self.n_routed_experts}")
+        _require(
+            self.qk_rope_head_dim <= self.head_dim,
+            f"rotary size {self.qk_rope_head_dim} exceeds head size {self.head_dim}",
+        )
+        _require(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            f"{self.num_experts_per_tok} experts per token of {self.n_routed_experts}",
+        )
         if 4 in self.compress_ratios:
-            _require(self.qk_rope_head_dim <= self.index_head_dim, f"rotary size {self.qk_rope_head_dim} exceeds indexer head size {self.index_head_dim}")
+            _require(
+                self.qk_rope_head_dim <= self.index_head_dim,
+                f"rotary size {self.qk_rope_head_dim} exceeds indexer head size {self.index_head_dim}",
+            )
 
     def is_hash_layer(self, layer: int) -> bool:
         """Whether a decoder layer takes its expert ids from a token table."""
@@ -110,26 +128,35 @@ class Numerics:
     xla: compiler options handed to `jax.jit` for every executable.
     """
 
-    rows: Literal["loop", "batch"]
-    act: Literal["q8", "f32"]
+    rows: str
+    act: str
     sim_kv: bool
     sim_index: bool
-    cache: Literal["f32", "f16"]
-    precision: Literal["highest", "default"]
+    cache: str
+    precision: str
     impl: tuple[tuple[str, str], ...]
     xla: tuple[tuple[str, bool | int | str], ...]
 
     def __post_init__(self) -> None:
-        choices = {
+        choices: dict[str, tuple[str | bool, ...]] = {
             "rows": ("loop", "batch"),
             "act": ("q8", "f32"),
+            "sim_kv": (True, False),
+            "sim_index": (True, False),
             "cache": ("f32", "f16"),
             "precision": ("highest", "default"),
         }
         for name, allowed in choices.items():
-            _require(getattr(self, name) in allowed, f"{name} = {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+            _require(
+                getattr(self, name) in allowed,
+                f"{name} = {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}",
+            )
         names = [name for name, _ in self.impl]
-        _require(sorted(names) == sorted(OPS), f"impl must name every operation once; missing {sorted(set(OPS) - set(names))}, unknown {sorted(set(names) - set(OPS))}")
+        missing, unknown = sorted(set(OPS) - set(names)), sorted(set(names) - set(OPS))
+        _require(
+            sorted(names) == sorted(OPS),
+            f"impl must name every operation once; missing {missing}, unknown {unknown}",
+        )
         for name, chosen in self.impl:
             _require(chosen in ("xla", "pallas"), f"impl.{name} = {chosen!r}, expected xla or pallas")
 
@@ -150,7 +177,10 @@ class Numerics:
     def from_mapping(table: Mapping[str, Any]) -> Numerics:
         """Builds Numerics from a parsed TOML table; an unknown or missing key is a `ConfigError`."""
         fields = {field.name for field in dataclasses.fields(Numerics)}
-        _require(set(table) == fields, f"numerics keys: missing {sorted(fields - set(table))}, unknown {sorted(set(table) - fields)}")
+        _require(
+            set(table) == fields,
+            f"numerics keys: missing {sorted(fields - set(table))}, unknown {sorted(set(table) - fields)}",
+        )
         values = dict(table)
         for name in ("impl", "xla"):
             _require(isinstance(values[name], Mapping), f"{name} must be a table")

@@ -7,7 +7,6 @@ is setting the length: rows beyond it are masked until they are overwritten.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,8 @@ from ds4jax.ops.attention import BLOCK
 from ds4jax.ops.compress import CSA_RATIO
 
 
-def _pytree(cls: type) -> Any:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class CompressorCache:
     """State of one compressor.
 
@@ -36,7 +32,8 @@ class CompressorCache:
     rows: Float[Array, "B n e"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerCache:
     """State of one layer: the ring of raw key-value rows `[B, cap, d]` and its compressors, if it has any."""
 
@@ -45,7 +42,8 @@ class LayerCache:
     indexer: CompressorCache | None
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
     """State of B sequences. `mtp` is the ring of the MTP block, row p belonging to the token at position p."""
 
@@ -54,7 +52,8 @@ class Cache:
     mtp: LayerCache | None
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Which sequence and position each of the T rows of a call belongs to, and whether it exists."""
 

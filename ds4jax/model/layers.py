@@ -36,7 +36,11 @@ class Layer(nn.Module):
         if self.has_variable("params", name):
             return self.get_variable("params", name)
         if init is None:
-            init = nn.initializers.ones if len(shape) == 1 else nn.initializers.variance_scaling(1.0, "fan_in", "normal", -1, -2)
+            init = (
+                nn.initializers.ones
+                if len(shape) == 1
+                else nn.initializers.variance_scaling(1.0, "fan_in", "normal", -1, -2)
+            )
         return self.param(name, init, shape, jnp.float32)
 
     def op(self, name: str, live: Array, rows: tuple[Any, ...], shared: tuple[Any, ...] = (), **settings: Any) -> Any:
@@ -47,7 +51,9 @@ class Layer(nn.Module):
         """One projection."""
         return self.op("linear", live, (x,), (w,), act=self.numerics.act, precision=self.numerics.precision)
 
-    def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def normed(
+        self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Bool[Array, " T"]
+    ) -> Float[Array, "T D"]:
         """Weighted RMS norm."""
         return self.op("rms_norm", live, (x,), (weight,), eps=self.config.rms_norm_eps)
 
@@ -208,6 +214,7 @@ class Indexer(Layer):
         return jax.vmap(score)(q.reshape(*split, -1), weights.reshape(split), keys)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keys:
     """What the training form of an attention layer hands on.
@@ -294,6 +301,7 @@ class Attention(Layer):
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
             visible = (rows.position + 1) // self.ratio
         if self.ratio == CSA_RATIO:
+            assert cache.indexer is not None, "a CSA layer needs an indexer cache"
             ids, index = self.indexer(x, latent, rows, cache.indexer, table, frequencies)
             cache, visible = dataclasses.replace(cache, indexer=index), None
         o = self.op(
@@ -457,16 +465,13 @@ def _even_table(shape: tuple[int, int], experts: int) -> Int[Array, "V K"]:
     return (token + k) % experts
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Aux:
     """What the training form of a layer hands on besides its streams: `Keys` and the expert shares `[E]`."""
 
     keys: Keys
     load: Float[Array, " E"]
-
-
-for _cls in (Keys, Aux):
-    jax.tree_util.register_dataclass(_cls)
 
 
 class DecoderLayer(Layer):

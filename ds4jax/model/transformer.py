@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ds4jax.model.cache import Cache, LayerCache, Rows
+from ds4jax.model.cache import Cache, Rows
 from ds4jax.model.layers import Aux, DecoderLayer, HyperHead, Layer, Table
 from ds4jax.ops.rope import rope_frequencies
 
@@ -148,6 +148,7 @@ class DeepSeekV4(Layer):
         batch, r = tokens.shape
         x, rows, flat = self._pairs(tokens, streams, start, count)
         table, frequencies = self._tables(rows.position, rows.live)[False]
+        assert cache.mtp is not None, "the cache was made for a model without an MTP block"
         x, state = self.mtp.layer(x, flat, rows, cache.mtp, table, frequencies, first=1)
         logits = self._head(self.mtp.collapse(x, rows.live), rows.live)
         return logits.reshape(batch, r, -1), x.reshape(batch, r, *x.shape[1:]), dataclasses.replace(cache, mtp=state)
@@ -163,11 +164,8 @@ class DeepSeekV4(Layer):
         """Stores the MTP rows of known tokens without running the block: a row depends on its own pair alone."""
         x, rows, _ = self._pairs(tokens, streams, start, count)
         table, _ = self._tables(rows.position, rows.live)[False]
-        return dataclasses.replace(cache, mtp=self._append(x, rows, cache.mtp, table))
-
-    def _append(self, x: Float[Array, "T H D"], rows: Rows, state: LayerCache | None, table: Table) -> LayerCache:
-        assert state is not None, "the cache was made for a model without an MTP block"
-        return self.mtp.layer.append(x, rows, state, table)
+        assert cache.mtp is not None, "the cache was made for a model without an MTP block"
+        return dataclasses.replace(cache, mtp=self.mtp.layer.append(x, rows, cache.mtp, table))
 
     def _pairs(
         self, tokens: Int[Array, "B R"], streams: Float[Array, "B R H D"], start: Array, count: Array

@@ -12,9 +12,7 @@ from ds4jax.ops.simulate import fp4_round_trip, hadamard
 CSA_RATIO = 4  # the ratio whose windows overlap and that has an indexer, in every reference implementation
 
 
-def pool(
-    values: Float[Array, "T C e"], logits: Float[Array, "T C e"], seen: Array
-) -> Float[Array, "T e"]:
+def pool(values: Float[Array, "T C e"], logits: Float[Array, "T C e"], seen: Array) -> Float[Array, "T e"]:
     """One softmax per feature over the C candidates of a window; `seen` broadcasts against `[T, C, e]`."""
     logits = jnp.where(seen, logits, -jnp.inf)
     weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))

@@ -17,7 +17,7 @@ FP8_MAX = 448.0
 FP4_MAX = 6.0
 
 
-def pow2_scale(ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+def pow2_scale(ratio: Float[Array, ...]) -> Float[Array, ...]:
     """Smallest power of two >= ratio, from the float32 bits (`exp2(ceil(log2(x)))` is inexact under XLA).
 
     `ratio` must be a positive normal float32 below 2^127.

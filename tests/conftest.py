@@ -1,0 +1,29 @@
+"""Test-wide settings; they must be in force before jax and ds4jax are first imported."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+# On a CPU with FMA, XLA contracts multiply-add, and results then differ from NumPy's by a rounding step.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
+# `JAX_PLATFORMS=cuda pytest` runs the same tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A test compiles hundreds of small programs; what has not changed since the last run need not be compiled again.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+
+
+def _pytree_of_anything(cls: type, *arguments: Any, **options: Any) -> type:
+    """Registers a dataclass whose constructor is not type-checked: JAX rebuilds it with whatever a tree may hold."""
+    registered = _register_dataclass(cls, *arguments, **options)
+    registered.__no_type_check__ = True
+    return registered
+
+
+_register_dataclass = jax.tree_util.register_dataclass
+jax.tree_util.register_dataclass = _pytree_of_anything
+jaxtyping.install_import_hook("ds4jax", "beartype.beartype")
