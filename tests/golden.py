@@ -47,20 +47,26 @@ class Golden:
         return self.arrays["input_ids"]
 
 
+def read(path: str) -> dict[str, np.ndarray]:
+    """All arrays of a file under `data`."""
+    with np.load(DATA / path) as file:
+        return dict(file)
+
+
 def pure() -> dict[str, np.ndarray]:
     """Inputs and outputs of single operations."""
-    return dict(np.load(DATA / "golden" / "pure.npz"))
+    return read("golden/pure.npz")
 
 
 @functools.cache
 def load(name: str, *, mtp: bool = False, dtype: str = "float32") -> Golden:
     """`tiny_a`, `tiny_b` or `tiny_c`; `mtp` adds the block of `mtp_a`. Matrices get `dtype`, float16 being exact."""
-    arrays = dict(np.load(DATA / "golden" / f"{name}.npz"))
+    arrays = read(f"golden/{name}.npz")
     spec = json.loads((DATA / "golden" / f"{name}.json").read_text())["spec"]
     weights = {key[2:]: arrays.pop(key) for key in list(arrays) if key.startswith("w/")}
     params = _trunk(weights, spec["L"], dtype)
     if mtp:
-        block = dict(np.load(DATA / "golden" / "mtp_a.npz"))
+        block = read("golden/mtp_a.npz")
         weights = {key[2:]: block.pop(key) for key in list(block) if key.startswith("w/")}
         params["mtp"] = _mtp(weights, dtype)
         arrays |= {f"mtp/{key}": value for key, value in block.items()}

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from ds4jax.model import Cache, DeepSeekV4, commit, init_cache
-from ds4jax.ops.rows import map_rows
+from ds4jax.ops.rows import Live, map_rows
 
 STRICT = dataclasses.replace(golden.EXACT, act="q8", sim_kv=True, sim_index=True, cache="f16")
 
@@ -120,7 +120,7 @@ def test_absent_rows_are_not_computed():
         return x * 2.0
 
     live = jnp.asarray([True, False, True])
-    out = jax.jit(lambda x: map_rows(row, live, x))(jnp.arange(6.0).reshape(3, 2))
+    out = jax.jit(lambda x: map_rows(row, Live.of(live), x))(jnp.arange(6.0).reshape(3, 2))
     jax.effects_barrier()
     np.testing.assert_array_equal(np.asarray(out), [[0, 2], [0, 0], [8, 10]])
     assert sorted(calls) == [0.0, 4.0]

@@ -68,13 +68,20 @@ GROUPS = {
 
 
 def test_gradients_match_finite_differences():
-    """Directional derivatives of every kind of parameter against central differences in float32."""
+    """Directional derivatives of every kind of parameter against central differences in float32.
+
+    Every expert and every compressed row is chosen, so that no choice flips between the two sides of a difference.
+    """
     model = golden.load("tiny_a", mtp=True)
-    module, ids = DeepSeekV4(model.config, BATCH), jnp.asarray(model.ids)[None]
+    experts, ids = model.config.n_routed_experts, jnp.asarray(model.ids)[None]
+    config = dataclasses.replace(model.config, num_experts_per_tok=experts, index_topk=ids.shape[1])
+    module = DeepSeekV4(config, BATCH)
     flat = flax.traverse_util.flatten_dict(model.params, sep="/")
-    fixed = {name: value for name, value in flat.items() if name.endswith(("tid2eid", "moe/bias"))}
+    fixed = {name: value for name, value in flat.items() if name.endswith("moe/bias")}
+    table = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), (config.vocab_size, experts))
+    fixed |= {name: table for name in flat if name.endswith("tid2eid")}
     free = {name: value.astype(jnp.float32) for name, value in flat.items() if name not in fixed}
-    probe = jnp.asarray(np.random.default_rng(0).standard_normal((2, model.config.vocab_size)), jnp.float32)
+    probe = jnp.asarray(np.random.default_rng(0).standard_normal((2, config.vocab_size)), jnp.float32)
 
     @jax.jit
     def loss(free):
@@ -88,17 +95,15 @@ def test_gradients_match_finite_differences():
     slope = jax.jit(jax.grad(loss))(free)
     for group, part in GROUPS.items():
         names = [n for n in free if part in n and "indexer" not in n] if part != "e" else ["embed", "head"]
-        # Along the gradient's own signs the change is large against rounding.
-        direction = {n: jnp.sign(slope[n]) for n in names}
-        step = 2e-5 / np.sqrt(len(names))
+        # Along the gradient's own signs, a step that moves the loss by about 0.02: large against rounding.
+        expected = sum(float(jnp.sum(jnp.abs(slope[n]))) for n in names)
+        step = min(0.01 / expected, 1e-3)
 
-        def moved(by, names=names, direction=direction):
-            return float(loss({**free, **{n: free[n] + by * direction[n] for n in names}}))
+        def moved(by, names=names):
+            return float(loss({**free, **{n: free[n] + by * jnp.sign(slope[n]) for n in names}}))
 
         measured = (moved(step) - moved(-step)) / (2 * step)
-        expected = sum(float(jnp.sum(slope[n] * direction[n])) for n in names)
-        assert expected > 0, group
-        assert abs(measured - expected) < 0.03 * expected, (group, measured, expected)
+        assert abs(measured - expected) < 0.02 * expected, (group, measured, expected)
 
 
 def test_the_indexer_learns_from_its_own_loss_only():

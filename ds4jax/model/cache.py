@@ -11,11 +11,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.ops.attention import BLOCK
 from ds4jax.ops.compress import CSA_RATIO
+from ds4jax.ops.rows import Live
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ class Rows:
 
     sequence: Int[Array, " T"]
     position: Int[Array, " T"]
-    live: Bool[Array, " T"]
+    live: Live
 
     @staticmethod
     def of(start: Int[Array, " B"], count: Int[Array, " B"], rows: int) -> Rows:
@@ -68,7 +69,8 @@ class Rows:
         offset = jnp.arange(rows, dtype=jnp.int32)[None]
         position = jnp.broadcast_to(start[:, None] + offset, (batch, rows))
         live = jnp.broadcast_to(offset < count[:, None], (batch, rows))
-        return Rows(jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rows), position.reshape(-1), live.reshape(-1))
+        sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rows)
+        return Rows(sequence, position.reshape(-1), Live.of(live.reshape(-1)))
 
 
 def init_cache(
@@ -120,11 +122,16 @@ def write(
     target: Float[Array, "B cap e"],
     sequence: Int[Array, " T"],
     place: Int[Array, " T"],
-    live: Bool[Array, " T"],
+    live: Live,
     rows: Float[Array, "T e"],
 ) -> Float[Array, "B cap e"]:
     """Stores the live rows at `[sequence, place]` in the target's format."""
-    place = jnp.where(live, place, target.shape[1])
     # Without the barrier XLA:GPU may skip the narrowing for a reader that it fuses with the write.
     stored = lax.optimization_barrier(rows.astype(target.dtype))
-    return target.at[sequence, place].set(stored, mode="drop")
+
+    # A loop, because XLA:CPU turns a scatter of one row into an update that it repeats, with a copy, in every reader.
+    def body(step: Array, target: Array) -> Array:
+        row = live.order[step]
+        return lax.dynamic_update_slice(target, stored[row][None, None], (sequence[row], place[row], jnp.int32(0)))
+
+    return lax.fori_loop(0, live.count, body, target)

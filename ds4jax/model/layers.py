@@ -21,6 +21,7 @@ from ds4jax.ops.attention import attention_sequence, index_query, index_scores
 from ds4jax.ops.compress import CSA_RATIO, compress_sequence
 from ds4jax.ops.linear import dense
 from ds4jax.ops.moe import swiglu
+from ds4jax.ops.rows import Live
 
 Table = tuple[Float[Array, "T r2"], Float[Array, "T r2"]]
 
@@ -43,17 +44,15 @@ class Layer(nn.Module):
             )
         return self.param(name, init, shape, jnp.float32)
 
-    def op(self, name: str, live: Array, rows: tuple[Any, ...], shared: tuple[Any, ...] = (), **settings: Any) -> Any:
+    def op(self, name: str, live: Live, rows: tuple[Any, ...], shared: tuple[Any, ...] = (), **settings: Any) -> Any:
         """`ops.call` with this module's numerics."""
         return ops.call(name, self.numerics, live, rows, shared, **settings)
 
-    def linear(self, x: Float[Array, "T K"], w: Any, live: Bool[Array, " T"]) -> Float[Array, "T N"]:
+    def linear(self, x: Float[Array, "T K"], w: Any, live: Live) -> Float[Array, "T N"]:
         """One projection."""
         return self.op("linear", live, (x,), (w,), act=self.numerics.act, precision=self.numerics.precision)
 
-    def normed(
-        self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Bool[Array, " T"]
-    ) -> Float[Array, "T D"]:
+    def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Float[Array, "T D"]:
         """Weighted RMS norm."""
         return self.op("rms_norm", live, (x,), (weight,), eps=self.config.rms_norm_eps)
 
@@ -67,7 +66,7 @@ class HyperConnection(Layer):
         self.base = self.weight("base", (2 + h) * h, init=nn.initializers.zeros)
         self.scale = self.weight("scale", 3)
 
-    def pre(self, x: Float[Array, "T H D"], live: Bool[Array, " T"]) -> tuple[Array, Array, Array]:
+    def pre(self, x: Float[Array, "T H D"], live: Live) -> tuple[Array, Array, Array]:
         """Collapsed input, output weights and mixing matrix."""
         c = self.config
         return self.op(
@@ -81,7 +80,7 @@ class HyperConnection(Layer):
             precision=self.numerics.precision,
         )
 
-    def post(self, out: Array, x: Array, post: Array, mixing: Array, live: Array) -> Float[Array, "T H D"]:
+    def post(self, out: Array, x: Array, post: Array, mixing: Array, live: Live) -> Float[Array, "T H D"]:
         """The streams after the sub-layer."""
         return self.op("hyper_post", live, (out, x, post, mixing))
 
@@ -95,7 +94,7 @@ class HyperHead(Layer):
         self.base = self.weight("base", h, init=nn.initializers.zeros)
         self.scale = self.weight("scale", 1)
 
-    def __call__(self, x: Float[Array, "T H D"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T H D"], live: Live) -> Float[Array, "T D"]:
         c = self.config
         return self.op(
             "hyper_head",
@@ -144,15 +143,15 @@ class Compressor(Layer):
 
     def _windows(self, rows: Rows, batch: int) -> Rows:
         """Windows that the rows of a call complete; `position` holds the window index."""
-        per_call = rows.live.shape[0] // batch
+        per_call = rows.position.shape[0] // batch
         start = rows.position.reshape(batch, per_call)[:, 0]
-        end = start + jnp.sum(rows.live.reshape(batch, per_call), axis=1, dtype=jnp.int32)
+        end = start + jnp.sum(rows.live.mask.reshape(batch, per_call), axis=1, dtype=jnp.int32)
         most = -(-per_call // self.ratio)
         return Rows.of(start // self.ratio, end // self.ratio - start // self.ratio, most)
 
     def sequence(self, x: Float[Array, "B S D"], frequencies: Array) -> Float[Array, "B n e"]:
         """All rows of whole sequences."""
-        live = jnp.ones(x.shape[0] * x.shape[1], bool)
+        live = Live.all(x.shape[0] * x.shape[1])
         flat = x.reshape(-1, x.shape[-1])
         shape = (*x.shape[:2], -1)
         return compress_sequence(
@@ -201,7 +200,7 @@ class Indexer(Layer):
         """Scores of every compressed row for every position, not masked."""
         c, (batch, s, _) = self.config, x.shape
         keys = self.compressor.sequence(x, frequencies)
-        live = jnp.ones(batch * s, bool)
+        live = Live.all(batch * s)
         q = self.linear(latent.reshape(batch * s, -1), self.wq_b, live)
         q = q.reshape(batch * s, c.index_n_heads, c.index_head_dim)
         q = index_query(q, *table, simulate=self.numerics.sim_index)
@@ -249,14 +248,14 @@ class Attention(Layer):
         if self.ratio == CSA_RATIO:
             self.indexer = Indexer(c, self.numerics)
 
-    def queries(self, x: Array, live: Array, table: Table) -> tuple[Float[Array, "T R"], Float[Array, "T N d"]]:
+    def queries(self, x: Array, live: Live, table: Table) -> tuple[Float[Array, "T R"], Float[Array, "T N d"]]:
         """The normed query latent, which the indexer shares, and the finished queries."""
         c = self.config
         latent = self.normed(self.linear(x, self.wq_a, live), self.q_norm, live)
         q = self.linear(latent, self.wq_b, live).reshape(-1, c.num_attention_heads, c.head_dim)
         return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps)
 
-    def keys(self, x: Array, live: Array, table: Table) -> Float[Array, "T d"]:
+    def keys(self, x: Array, live: Live, table: Table) -> Float[Array, "T d"]:
         """Finished raw rows, before storage."""
         return self.op(
             "kv_norm_rope",
@@ -267,7 +266,7 @@ class Attention(Layer):
             simulate=self.numerics.sim_kv,
         )
 
-    def output(self, o: Float[Array, "T N d"], live: Array, table: Table) -> Float[Array, "T D"]:
+    def output(self, o: Float[Array, "T N d"], live: Live, table: Table) -> Float[Array, "T D"]:
         """Takes the rotation of the values back and projects."""
         o = self.op("rope", live, (o, *table), inverse=True)
         grouped = o.reshape(o.shape[0], self.config.o_groups, -1)
@@ -320,7 +319,7 @@ class Attention(Layer):
     ) -> tuple[Float[Array, "B S D"], Keys]:
         """Whole sequences; `earlier` replaces the raw rows of earlier positions (chained drafts)."""
         c, (batch, s, _) = self.config, x.shape
-        live = jnp.ones(batch * s, bool)
+        live = Live.all(batch * s)
         flat = x.reshape(batch * s, -1)
         latent, q = self.queries(flat, live, table)
         kv = self.keys(flat, live, table).reshape(batch, s, -1)
@@ -385,7 +384,7 @@ class SharedExpert(Layer):
         self.w3 = self.weight("w3", c.moe_intermediate_size, c.hidden_size)
         self.w2 = self.weight("w2", c.hidden_size, c.moe_intermediate_size)
 
-    def __call__(self, x: Float[Array, "T D"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], live: Live) -> Float[Array, "T D"]:
         return self.op(
             "shared_expert",
             live,
@@ -417,7 +416,7 @@ class MoE(Layer):
         self.w2 = self.weight("w2", experts, c.hidden_size, wide)
         self.shared = SharedExpert(c, self.numerics, c.swiglu_limit_shared[self.layer])
 
-    def route(self, x: Array, tokens: Array, live: Array) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    def route(self, x: Array, tokens: Array, live: Live) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
         """Expert ids and weights of every row."""
         c = self.config
         ids = jnp.take(self.tid2eid, tokens, axis=0) if self.hashed else None
@@ -431,7 +430,7 @@ class MoE(Layer):
             precision=self.numerics.precision,
         )
 
-    def __call__(self, x: Float[Array, "T D"], tokens: Int[Array, " T"], live: Bool[Array, " T"]) -> Array:
+    def __call__(self, x: Float[Array, "T D"], tokens: Int[Array, " T"], live: Live) -> Array:
         ids, weights = self.route(x, tokens, live)
         routed = self.op(
             "routed_experts",
@@ -446,7 +445,7 @@ class MoE(Layer):
 
     def sequence(self, x: Float[Array, "T D"], tokens: Int[Array, " T"]) -> tuple[Array, Float[Array, " E"]]:
         """All experts for every row, weighted by zero where not chosen; also the share of rows each expert got."""
-        live = jnp.ones(x.shape[0], bool)
+        live = Live.all(x.shape[0])
         ids, weights = self.route(x, tokens, live)
         chosen = jax.nn.one_hot(ids, self.config.n_routed_experts)
         share = jnp.einsum("tk,tke->te", weights, chosen)
@@ -520,7 +519,7 @@ class DecoderLayer(Layer):
         earlier: Float[Array, "B S d"] | None = None,
     ) -> tuple[Float[Array, "B S H D"], Aux]:
         batch, s = tokens.shape
-        live = jnp.ones(batch * s, bool)
+        live = Live.all(batch * s)
         x = x.reshape(batch * s, *x.shape[2:])
         y, post, mixing = self.hc_attn.pre(x, live)
         y = self.normed(y, self.attn_norm, live).reshape(batch, s, -1)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ds4jax.model.cache import Cache, Rows
 from ds4jax.model.layers import Aux, DecoderLayer, HyperHead, Layer, Table
 from ds4jax.ops.rope import rope_frequencies
+from ds4jax.ops.rows import Live
 
 
 class MTPBlock(Layer):
@@ -31,16 +32,16 @@ class MTPBlock(Layer):
         self.layer = DecoderLayer(c, num, c.num_hidden_layers, 0)
 
     def inputs(
-        self, embedded: Float[Array, "T D"], streams: Float[Array, "T H D"], live: Bool[Array, " T"]
+        self, embedded: Float[Array, "T D"], streams: Float[Array, "T H D"], live: Live
     ) -> Float[Array, "T H D"]:
         """Input streams: the projected token, the same for all streams, plus every projected stream."""
         e = self.linear(self.normed(embedded, self.enorm, live), self.e_proj, live)
         t, h, d = streams.shape
-        every = jnp.repeat(live, h)
+        every = Live.of(jnp.repeat(live.mask, h))
         flat = self.normed(streams.reshape(t * h, d), self.hnorm, every)
         return e[:, None] + self.linear(flat, self.h_proj, every).reshape(t, h, d)
 
-    def collapse(self, streams: Float[Array, "T H D"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def collapse(self, streams: Float[Array, "T H D"], live: Live) -> Float[Array, "T D"]:
         """Input of the vocabulary head."""
         return self.normed(self.hc_head(streams, live), self.norm_weight, live)
 
@@ -82,22 +83,20 @@ class DeepSeekV4(Layer):
         if c.has_mtp:
             self.mtp = MTPBlock(c, num)
 
-    def _tables(
-        self, position: Int[Array, " T"], live: Bool[Array, " T"]
-    ) -> dict[bool, tuple[Table, Float[Array, " r2"]]]:
+    def _tables(self, position: Int[Array, " T"], live: Live) -> dict[bool, tuple[Table, Float[Array, " r2"]]]:
         """Rotation tables and frequencies, for window-only (False) and compressed (True) layers."""
         kinds = sorted({ratio > 0 for ratio in self.config.compress_ratios} | {False})
         frequencies = {kind: jnp.asarray(rope_frequencies(self.config, kind)) for kind in kinds}
         return {kind: (self.op("rope_table", live, (position,), (f,)), f) for kind, f in frequencies.items()}
 
-    def _embedded(self, tokens: Int[Array, " T"], live: Bool[Array, " T"]) -> Float[Array, "T D"]:
+    def _embedded(self, tokens: Int[Array, " T"], live: Live) -> Float[Array, "T D"]:
         return self.op("embed", live, (tokens,), (self.embed,))
 
-    def _streams(self, tokens: Int[Array, " T"], live: Bool[Array, " T"]) -> Float[Array, "T H D"]:
+    def _streams(self, tokens: Int[Array, " T"], live: Live) -> Float[Array, "T H D"]:
         embedded = self._embedded(tokens, live)
         return jnp.broadcast_to(embedded[:, None], (embedded.shape[0], self.config.hc_mult, embedded.shape[1]))
 
-    def _head(self, hidden: Float[Array, "T D"], live: Bool[Array, " T"]) -> Float[Array, "T V"]:
+    def _head(self, hidden: Float[Array, "T D"], live: Live) -> Float[Array, "T V"]:
         return self.linear(hidden, self.head, live)
 
     def __call__(
@@ -128,7 +127,7 @@ class DeepSeekV4(Layer):
     def logits(self, streams: Float[Array, "B R H D"], live: Bool[Array, "B R"]) -> Float[Array, "B R V"]:
         """Logits of the next token from the trunk's streams."""
         batch, r, h, d = streams.shape
-        flat, alive = streams.reshape(batch * r, h, d), live.reshape(-1)
+        flat, alive = streams.reshape(batch * r, h, d), Live.of(live.reshape(-1))
         hidden = self.normed(self.hc_head(flat, alive), self.norm_weight, alive)
         return self._head(hidden, alive).reshape(batch, r, -1)
 
@@ -176,7 +175,7 @@ class DeepSeekV4(Layer):
 
     def sequence(self, tokens: Int[Array, "B S"]) -> Sequence:
         """Training form of the trunk: whole sequences from position 0, differentiable."""
-        (batch, s), live = tokens.shape, jnp.ones(tokens.size, bool)
+        (batch, s), live = tokens.shape, Live.all(tokens.size)
         tables = self._tables(jnp.tile(jnp.arange(s, dtype=jnp.int32), batch), live)
         x = self._streams(tokens.reshape(-1), live).reshape(batch, s, self.config.hc_mult, -1)
         seen: list[Aux] = []
@@ -199,7 +198,7 @@ class DeepSeekV4(Layer):
 
         `earlier` are the raw rows of earlier positions when the streams are the block's own (a deeper draft).
         """
-        (batch, s), live = tokens.shape, jnp.ones(tokens.size, bool)
+        (batch, s), live = tokens.shape, Live.all(tokens.size)
         position = jnp.tile(jnp.arange(start, start + s, dtype=jnp.int32), batch)
         table, frequencies = self._tables(position, live)[False]
         flat = streams.reshape(batch * s, *streams.shape[2:])
@@ -210,7 +209,7 @@ class DeepSeekV4(Layer):
     def draft_logits(self, streams: Float[Array, "B S H D"]) -> Float[Array, "B S V"]:
         """Logits from the MTP block's streams, for training."""
         batch, s, h, d = streams.shape
-        live = jnp.ones(batch * s, bool)
+        live = Live.all(batch * s)
         return self._head(self.mtp.collapse(streams.reshape(batch * s, h, d), live), live).reshape(batch, s, -1)
 
     def initialise(self, tokens: Int[Array, "B S"]) -> None:

@@ -1,6 +1,6 @@
 """The switchboard: every operation of the model by name, carried out by the implementation that `Numerics` demands.
 
-The functions here take arrays over T rows and `live [T]`, which rows exist; results of absent rows are unspecified.
+The functions here take arrays over T rows and `live`, which of them exist; results of absent rows are unspecified.
 Each is traced once per shape, whatever the number of layers.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool
 
 from ds4jax.config import Numerics
 from ds4jax.errors import ConfigError
@@ -22,7 +21,7 @@ from ds4jax.ops import linear as _linear
 from ds4jax.ops import moe as _moe
 from ds4jax.ops import norm as _norm
 from ds4jax.ops import rope as _rope
-from ds4jax.ops.rows import map_rows
+from ds4jax.ops.rows import Live, map_rows
 
 
 def _router(x: Any, ids: Any, gate: Any, bias: Any, **settings: Any) -> Any:
@@ -51,7 +50,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 @functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
-def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Array, rows: Any, shared: Any) -> Any:
+def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
     chosen = num.implementation(name)
     if chosen != "xla":
         raise ConfigError(f'ops.{name}: there is no {chosen} kernel for it; set impl.{name} = "xla"')
@@ -63,9 +62,7 @@ def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: 
     return map_rows(call, live, *rows) if num.rows == "loop" else call(*rows)
 
 
-def call(
-    name: str, num: Numerics, live: Bool[Array, " T"], rows: tuple[Any, ...], shared: tuple[Any, ...], **settings: Any
-) -> Any:
+def call(name: str, num: Numerics, live: Live, rows: tuple[Any, ...], shared: tuple[Any, ...], **settings: Any) -> Any:
     """Carries out operation `name`.
 
     Args:

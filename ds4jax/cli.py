@@ -1,0 +1,276 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ds4jax.errors import Ds4Error, RequestError
+
+if TYPE_CHECKING:
+    from ds4jax.checkpoint import GGUF
+    from ds4jax.engine import Engine
+    from ds4jax.engine_run import Result
+    from ds4jax.runconfig import RunConfig
+    from ds4jax.tokenizer import Tokenizer
+
+# jax, and with it everything but `errors` and `runconfig`, is imported where it is needed: `--help` must not wait.
+
+
+class _Group(TyperGroup):
+    """Shows an error that the user can mend as one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Ds4Error as error:
+            typer.echo(f"ds4jax: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="DeepSeek-V4-Flash inference in JAX, from GGUF files.",
+)
+
+Model = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file; default: the demonstration model.")]
+Mtp = Annotated[Path | None, typer.Option("--mtp", help="GGUF file of the MTP block, where it is separate.")]
+Config = Annotated[
+    str, typer.Option("-c", "--config", metavar="strict|perf|FILE.toml", help="Numerics preset, or a run file.")
+]
+NumericsChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-N", "--numerics", metavar="NAME|FILE|FIELD=VALUE", help="Other numerics, or one field of them; repeatable."
+    ),
+]
+Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="The text; default: standard input.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompt-file", help="UTF-8 file that holds the text.")]
+Special = Annotated[
+    bool, typer.Option("--special", help="Special tokens written out in the text become single tokens.")
+]
+Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
+Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"ds4jax {metadata.version('ds4jax')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """DeepSeek-V4-Flash inference in JAX, from GGUF files."""
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    mtp: Mtp = None,
+    config: Config = "strict",
+    numerics: NumericsChange = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    special: Special = False,
+    temperature: Annotated[float | None, typer.Option("-t", "--temperature", help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k most probable tokens; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Keep the most probable mass p; 1 is off.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", help="Keep tokens p times as probable as the best; 0 is off.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Most tokens to add.")] = None,
+    context: Context = None,
+    chunk: Chunk = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
+) -> None:
+    """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
+    run = _run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file).override(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        context=context,
+        chunk=chunk,
+    )
+    text = _text(run)
+    engine = _engine(run)
+    if run.prompt is not None and sys.stderr.isatty():
+        typer.secho(text, err=True, nl=False, dim=True)
+    from ds4jax.decode.sampling import Sampling
+
+    stream = engine.stream(
+        text,
+        sampling=Sampling(run.temperature, run.top_k, run.top_p, run.min_p),
+        seed=run.seed,
+        max_new_tokens=run.max_new_tokens,
+        parse_special=special,
+    )
+    try:
+        with stream:
+            for piece in stream:
+                typer.echo(piece, nl=False)
+    finally:
+        typer.echo()
+        if stats:
+            _show_stats(engine, stream.result())
+
+
+@app.command()
+def tokens(
+    model: Model = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    special: Special = False,
+) -> None:
+    """Shows the tokens of a text: id and piece, one a line."""
+    from ds4jax.runconfig import RunConfig
+    from ds4jax.tokenizer import Tokenizer
+
+    text = _text(RunConfig(prompt=prompt, prompt_file=prompt_file))
+    tokenizer = Tokenizer.from_gguf(_open(model).metadata)
+    for token in tokenizer.encode(text, parse_special=special):
+        typer.echo(f"{token}\t{_piece(tokenizer, token)}")
+
+
+@app.command()
+def logprobs(
+    model: Model = None,
+    mtp: Mtp = None,
+    config: Config = "strict",
+    numerics: NumericsChange = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    special: Special = False,
+    context: Context = None,
+    chunk: Chunk = None,
+) -> None:
+    """Shows what the model thinks of a text: id, log-probability and piece of every token, one a line."""
+    import numpy as np
+
+    run = _run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file)
+    run = run.override(context=context, chunk=chunk)
+    text = _text(run)
+    engine = _engine(run)
+    ids = engine.encode(text, parse_special=special)
+    scores = engine.logprobs(ids)
+    for token, score in zip(ids[1:], scores.tolist(), strict=True):
+        typer.echo(f"{token}\t{score:.6f}\t{_piece(engine.tokenizer, token)}")
+    mean = scores.mean(dtype=np.float64)
+    typer.echo(f"{len(scores)} tokens, mean {mean:.4f}, perplexity {np.exp(-mean):.2f}", err=True)
+
+
+@app.command()
+def info(
+    model: Annotated[Path | None, typer.Argument(help="GGUF file; default: the demonstration model.")] = None,
+    mtp: Mtp = None,
+    config: Config = "strict",
+    numerics: NumericsChange = None,
+) -> None:
+    """Shows what a model file holds: sizes, layers, tensors by type, and on which cards it fits."""
+    from ds4jax.checkpoint import describe, open_gguf
+    from ds4jax.cli_info import show
+    from ds4jax.model.cache import cache_nbytes
+
+    run = _run(config, numerics, model=model, mtp=mtp)
+    second = None if run.mtp is None else open_gguf(run.mtp)
+    show(describe(_open(run.model), second, lambda sizes, context: cache_nbytes(sizes, run.numerics, 1, context, 128)))
+
+
+def _run(config: str, numerics: list[str] | None, **changes: Any) -> RunConfig:
+    """The run file or preset with the command line's changes."""
+    from ds4jax.runconfig import RunConfig, change_numerics, load_numerics, parse_assignment
+
+    run = RunConfig.read(config).override(**changes)
+    for change in numerics or []:
+        changed = change_numerics(run.numerics, parse_assignment(change)) if "=" in change else load_numerics(change)
+        run = run.override(numerics=changed)
+    return run
+
+
+def _text(run: RunConfig) -> str:
+    """The run's prompt, or standard input; byte for byte."""
+    text = run.prompt_text()
+    if text is None:
+        if sys.stdin.isatty():
+            raise RequestError("no text given; use --prompt, --prompt-file or standard input")
+        # What is not UTF-8 becomes lone surrogates, which the tokenizer refuses.
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    return text
+
+
+def _open(model: Path | None) -> GGUF:
+    from ds4jax.checkpoint import open_gguf
+    from ds4jax.engine import open_demo
+
+    return open_demo() if model is None else open_gguf(model)
+
+
+def _engine(run: RunConfig) -> Engine:
+    """The loaded model; a bar on a terminal shows the progress."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from ds4jax.engine import load
+
+    _keep_compiled_programs()
+    console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        return load(
+            run.model,
+            mtp=run.mtp,
+            numerics=run.numerics,
+            context=run.context,
+            chunk=run.chunk,
+            progress=lambda done, total, _: bar.update(task, completed=done, total=total),
+        )
+
+
+def _keep_compiled_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache directory, unless it was told of another place."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "ds4jax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    """A token as a Python literal: a string, or bytes where it is not whole characters."""
+    raw = tokenizer.token_bytes[token]
+    try:
+        return repr(raw.decode())
+    except UnicodeDecodeError:
+        return repr(raw)
+
+
+def _show_stats(engine: Engine, result: Result) -> None:
+    s = result.stats
+    rows = (
+        f"load {engine.load_seconds:.2f} s, trace {s.trace_seconds:.2f} s, compile {s.compile_seconds:.2f} s",
+        f"prompt {s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s ({s.prefill_rate:.1f} tokens/s)",
+        f"answer {s.new_tokens} tokens in {s.decode_seconds:.2f} s ({s.decode_rate:.1f} tokens/s), "
+        f"{s.steps} steps, finish: {result.finish}",
+    )
+    typer.echo("\n".join(rows), err=True)

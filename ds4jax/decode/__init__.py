@@ -1,0 +1,1 @@
+"""Generation: sampling, the step from state to state, and the compiled programs around it."""

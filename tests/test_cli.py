@@ -1,0 +1,258 @@
+"""The command line: what it passes on, what it prints, and how it fails."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import ds4jax
+from ds4jax import cli, engine
+from ds4jax.decode.sampling import Sampling
+from ds4jax.engine_run import Stats
+from ds4jax.runconfig import RunConfig, load_numerics
+
+ORACLE = Path(__file__).parent / "data" / "oracle"
+MODEL = ORACLE / "tiny-f32.gguf"
+SMALL = ("-c", "perf", "--context", "64", "--chunk", "16")  # one small program serves all runs of a command
+
+PERF = load_numerics("perf")
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
+
+
+def ok(*arguments: object, stdin: bytes | None = None) -> Result:
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
+    return result
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Replaces the engine by one that notes what it is asked for and answers at once."""
+    seen = SimpleNamespace()
+    stats = Stats(3, 2, 0.0, 0.0, 0.5, 0.5, steps=1, drafted=(), accepted=())
+
+    class Stream:
+        def __enter__(self):
+            return iter(["fresh ", "text"])
+
+        def __exit__(self, *error: object) -> None:
+            seen.closed = True
+
+        def __iter__(self):
+            return iter(["fresh ", "text"])
+
+        def result(self):
+            return SimpleNamespace(stats=stats, finish="length")
+
+    class Engine:
+        load_seconds = 0.25
+
+        def stream(self, prompt: str, **options: object) -> Stream:
+            seen.prompt, seen.options = prompt, options
+            return Stream()
+
+    def load(path: object = None, **options: object) -> Engine:
+        seen.path, seen.load = path, options
+        return Engine()
+
+    monkeypatch.setattr(engine, "load", load)
+    return seen
+
+
+def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: SimpleNamespace) -> None:
+    (tmp_path / "run.toml").write_text(
+        """
+        model = "m.gguf"
+        mtp = "mtp.gguf"
+        prompt = "Es war einmal"
+        numerics.preset = "perf"
+        numerics.act = "f32"
+        sampling = {temperature = 0.5, top_k = 4, top_p = 0.75, min_p = 0.25, seed = 9}
+        limits = {context = 99, max_new_tokens = 7, chunk = 5}
+        """
+    )
+    result = ok("generate", "--config", tmp_path / "run.toml")
+    assert result.stdout == "fresh text\n"
+    assert asked.closed
+    assert asked.prompt == "Es war einmal"
+    assert asked.path == tmp_path / "m.gguf"
+    load = asked.load
+    assert (load["mtp"], load["context"], load["chunk"]) == (tmp_path / "mtp.gguf", 99, 5)
+    assert load["numerics"] == PERF.replace(act="f32")
+    assert asked.options == {
+        "sampling": Sampling(0.5, 4, 0.75, 0.25),
+        "seed": 9,
+        "max_new_tokens": 7,
+        "parse_special": False,
+    }
+
+
+def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNamespace) -> None:
+    (tmp_path / "run.toml").write_text(
+        'model = "m"\nmtp = "t"\nprompt = "p"\nsampling = {temperature = 9, seed = 9}\nlimits = {context = 9}'
+    )
+    (tmp_path / "text").write_text("from a file")
+    flags = ("-m", "x", "--mtp", "y", "--prompt-file", tmp_path / "text", "-N", "perf", "-N", "sim_kv=false")
+    numbers = ("-t", 0.5, "--top-k", 4, "--top-p", 0.75, "--min-p", 0.25, "--seed", 0, "-n", 7)
+    ok("generate", "-c", tmp_path / "run.toml", *flags, *numbers, "--context", 99, "--chunk", 5, "--special")
+    assert asked.prompt == "from a file"
+    assert asked.path == Path("x")
+    load = asked.load
+    assert (load["mtp"], load["context"], load["chunk"]) == (Path("y"), 99, 5)
+    assert load["numerics"] == PERF.replace(sim_kv=False)
+    assert asked.options == {
+        "sampling": Sampling(0.5, 4, 0.75, 0.25),
+        "seed": 0,
+        "max_new_tokens": 7,
+        "parse_special": True,
+    }
+
+
+def test_every_field_has_a_flag() -> None:
+    assert {field.name for field in dataclasses.fields(RunConfig)} <= set(inspect.signature(cli.generate).parameters)
+
+
+def test_generate_without_a_model_or_a_prompt(asked: SimpleNamespace) -> None:
+    ok("generate", stdin="Grüße\n".encode())
+    assert asked.path is None
+    assert asked.prompt == "Grüße\n"
+    assert asked.load["numerics"] == load_numerics("strict")
+
+
+def test_stats_go_to_stderr(asked: SimpleNamespace) -> None:
+    result = ok("generate", "-p", "a", "--stats")
+    assert result.stdout == "fresh text\n"
+    assert "load 0.25 s" in result.stderr
+    assert "prompt 3 tokens in 0.50 s (6.0 tokens/s)" in result.stderr
+    assert ok("generate", "-p", "a").stderr == ""
+
+
+def test_generate_with_a_real_model() -> None:
+    arguments = ("-m", MODEL, *SMALL, "-n", 12, "--seed", 3, "-t", 0.8)
+    whole = ok("generate", *arguments, "-p", "the cat", "--stats")
+    assert re.search(r"prompt \d+ tokens in", whole.stderr)
+    assert ok("generate", *arguments, stdin=b"the cat").stdout == whole.stdout
+    assert ok("generate", *arguments[:-4], "--seed", 4, "-t", 0.8, "-p", "the cat").stdout != whole.stdout
+    loaded = engine.load(MODEL, numerics="perf", context=64, chunk=16)
+    answer = loaded.generate("the cat", sampling=Sampling(temperature=0.8), seed=3, max_new_tokens=12)
+    assert whole.stdout == answer.text + "\n"
+
+
+def test_logprobs_with_a_real_model() -> None:
+    result = ok("logprobs", "-m", MODEL, *SMALL, "-p", "the <｜User｜>hello", "--special")
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    loaded = engine.load(MODEL, numerics="perf", context=64, chunk=16)
+    ids = loaded.encode("the <｜User｜>hello", parse_special=True)
+    assert [int(row[0]) for row in rows] == ids[1:]
+    assert [row[2] for row in rows][-2:] == ["'<｜User｜>'", "'hello'"]
+    np.testing.assert_allclose([float(row[1]) for row in rows], loaded.logprobs(ids), atol=1e-6)
+    mean, perplexity = re.fullmatch(r"5 tokens, mean (-[\d.]+), perplexity ([\d.]+)\n", result.stderr).groups()
+    assert float(mean) == pytest.approx(np.mean([float(row[1]) for row in rows]), abs=1e-4)
+    assert float(perplexity) == pytest.approx(np.exp(-float(mean)), rel=1e-4)
+
+
+def test_tokens() -> None:
+    plain = ok("tokens", "-m", MODEL, "-p", "naïve hello<｜User｜>")
+    rows = [line.split("\t") for line in plain.stdout.splitlines()]
+    assert [row[1] for row in rows[:7]] == ["'n'", "'a'", r"b'\xc3'", r"b'\xaf'", "'v'", "'e'", "' '"]
+    assert rows[7] == ["289", "'hello'"]
+    special = ok("tokens", "-m", MODEL, "--special", stdin="<｜User｜>\n".encode())
+    assert special.stdout == "298\t'<｜User｜>'\n13\t'\\n'\n"
+
+
+def test_info() -> None:
+    shown = ok("info", MODEL, "--mtp", ORACLE / "tiny-f32-mtp-ds4.gguf").stdout
+    for row in (
+        r"hidden_size +│ 64 ",
+        r"hc_eps +│ 0.003 ",
+        r"window +│ token table +│ 2.5 +│ 2.5 +│ 0 1 ",
+        r"compressed sparse, 4 to 1 +│ router +│ 2.5 +│ 2.5 +│ 4 6 ",
+        r"window +│ router +│ 2.5 +│ 2.5 +│ MTP ",
+        r"I32 +│ 3 ",
+        r"on the device +│ +│ \d",
+        r"65536 +│ [\d.]+ MiB +│ 7\d.\d GiB ",
+    ):
+        assert re.search(row, shown), (row, shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "-m", "no.gguf", "-p", "a"), "no.gguf: no such file"),
+        (("generate", "-m", Path(__file__), "-p", "a"), "test_cli.py: expected a GGUF file"),
+        (("generate", "-c", "quick", "-p", "a"), "quick: expected a run file or one of strict, perf"),
+        (("generate", "-N", "act", "-p", "a"), "act: expected a numerics file or one of strict, perf"),
+        (("generate", "-N", "atc=f32", "-p", "a"), "unknown key 'atc'; the nearest known key is 'act'"),
+        (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
+        (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
+        (("logprobs", "-m", MODEL, "-p", "", *SMALL), "expected [T] with T from 2 to 64"),
+        (("tokens", "-m", ORACLE / "tiny-f32-mtp-ds4.gguf", "-p", "a"), "tokenizer.ggml.model is missing"),
+        (("info", ORACLE / "tiny-f32-mtp-ds4.gguf"), "tiny-f32-mtp-ds4.gguf"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[object, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert re.fullmatch(r"ds4jax: [^\n]*\n", result.stderr), result.stderr
+    assert message in result.stderr
+
+
+def test_text_that_is_not_utf8() -> None:
+    result = run("tokens", "-m", MODEL, stdin=b"caf\xe9")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "text is not valid Unicode" in result.stderr
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        cli._keep_compiled_programs()
+        assert jax.config.values[names[0]] == before[names[0]]  # another place was named already
+        jax.config.update(names[0], None)
+        cli._keep_compiled_programs()
+        assert jax.config.values[names[0]] == str(tmp_path / "ds4jax" / "jax")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_a_fresh_process() -> None:
+    """Help and errors come without jax, and a user's error without a traceback."""
+    watch = "import sys; from ds4jax.cli import app; sys.argv = ['ds4jax', *sys.argv[1:]]\ntry: app()\n"
+    watch += "finally: print('jax' in sys.modules, file=sys.stderr)"
+    shown = subprocess.run([sys.executable, "-c", watch, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in ("generate", "tokens", "logprobs", "info"))
+    assert shown.stderr == "False\n"
+    failed = subprocess.run([sys.executable, "-c", watch, "generate", "-c", "none"], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[1:] == ["False"]
+    assert failed.stderr.startswith("ds4jax: none: expected a run file")
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"ds4jax \d+\.\d+\.\d+\n", ok("--version").stdout)
+
+
+def test_public_names() -> None:
+    source = inspect.getsource(ds4jax)
+    for name in ds4jax.__all__:
+        value = getattr(ds4jax, name)
+        assert f"    from {value.__module__} import {name} as {name}\n" in source
+    assert set(ds4jax.__all__) <= set(dir(ds4jax))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = ds4jax.lode
