@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ds4jax.decode.generate import Programs
@@ -133,6 +134,9 @@ class Run:
         A sequence ended by a stop string is halted; tokens that it got meanwhile are dropped. Closing the generator
         cancels: the burst under way is the last.
         """
+        # Launching a burst may wait for the device, whose time would then count as the prompt's.
+        jax.block_until_ready(self._seen.length)
+        self._prefill_seconds = self._prefill_seconds or time.perf_counter() - self._began
         while any(answer.finish is None for answer in self._answers):
             halt = np.array([answer.finish is not None for answer in self._answers])
             self._state, ahead = self._programs.burst(self._params, self._request, self._state, steps, halt)
@@ -143,7 +147,6 @@ class Run:
         """Waits for the device and hands new tokens to the answers."""
         tokens, length, done = (np.asarray(a) for a in (self._seen.tokens, self._seen.length, self._seen.done))
         now = time.perf_counter() - self._began
-        self._prefill_seconds = self._prefill_seconds or now
         self._decode_seconds = now - self._prefill_seconds
         pieces = []
         for b, answer in enumerate(self._answers):

@@ -32,6 +32,9 @@ EXACT = Numerics(
 )
 """Float32 throughout, nothing simulated: the setting in which other implementations can be compared."""
 
+QUICK = EXACT.replace(xla=(*EXACT.xla, ("xla_backend_optimization_level", 0)))
+"""The same arithmetic, compiled in two thirds of the time: for the variants of a comparison."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Golden:

@@ -36,6 +36,11 @@ def chunks(total: int, sizes: tuple[int, ...]) -> list[int]:
     return pieces
 
 
+def empty_cache(config: ModelConfig, numerics: Numerics, context: int, rows: int) -> Cache:
+    """A cache bound to the device, as what a step returns is: otherwise the second step would compile once more."""
+    return jax.device_put(init_cache(config, numerics, 1, context, rows), jax.local_devices()[0])
+
+
 def _observed(module: Any, method: str) -> bool:
     return method in ("__call__", "pre", "route")
 
@@ -69,7 +74,7 @@ def run(
 ) -> Run:
     """Feeds `ids` in pieces, every call `rows` wide (by default the longest piece)."""
     rows = rows or max(pieces)
-    cache = init_cache(config, numerics, batch=1, context=context or len(ids), rows=rows)
+    cache = empty_cache(config, numerics, context or len(ids), rows)
     step, logits, streams, done, seen = _step(config, numerics, observe), [], [], 0, {}
     for piece in pieces:
         tokens = np.full((1, rows), -1, np.int32) % config.vocab_size

@@ -72,6 +72,11 @@ class Rows:
         sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rows)
         return Rows(sequence, position.reshape(-1), Live.of(live.reshape(-1)))
 
+    def visible(self, ratio: int) -> Int[Array, " T"]:
+        """Compressed rows that each row sees, its own window included; none for absent rows, whose positions may lie
+        beyond the cache."""
+        return jnp.where(self.live.mask, (self.position + 1) // ratio, 0)
+
 
 def init_cache(
     config: ModelConfig, numerics: Numerics, batch: int, context: int, rows: int, rollback: int = 0

@@ -186,7 +186,7 @@ class Indexer(Layer):
         ids = self.op(
             "indexer",
             rows.live,
-            (q, *table, weights, rows.sequence, (rows.position + 1) // CSA_RATIO),
+            (q, *table, weights, rows.sequence, rows.visible(CSA_RATIO)),
             (cache.rows,),
             top_k=c.index_topk,
             simulate=self.numerics.sim_index,
@@ -298,7 +298,7 @@ class Attention(Layer):
             assert cache.compressor is not None, "a compressed layer needs a compressor cache"
             state = self.compressor(x, rows, cache.compressor, frequencies)
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
-            visible = (rows.position + 1) // self.ratio
+            visible = rows.visible(self.ratio)
         if self.ratio == CSA_RATIO:
             assert cache.indexer is not None, "a CSA layer needs an indexer cache"
             ids, index = self.indexer(x, latent, rows, cache.indexer, table, frequencies)
