@@ -138,19 +138,7 @@ class Numerics:
     xla: tuple[tuple[str, bool | int | str], ...]
 
     def __post_init__(self) -> None:
-        choices: dict[str, tuple[str | bool, ...]] = {
-            "rows": ("loop", "batch"),
-            "act": ("q8", "f32"),
-            "sim_kv": (True, False),
-            "sim_index": (True, False),
-            "cache": ("f32", "f16"),
-            "precision": ("highest", "default"),
-        }
-        for name, allowed in choices.items():
-            _require(
-                getattr(self, name) in allowed,
-                f"{name} = {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}",
-            )
+        _check_choices(vars(self))
         names = [name for name, _ in self.impl]
         missing, unknown = sorted(set(OPS) - set(names)), sorted(set(names) - set(OPS))
         _require(
@@ -185,6 +173,12 @@ class Numerics:
         for name in ("impl", "xla"):
             _require(isinstance(values[name], Mapping), f"{name} must be a table")
             values[name] = tuple(sorted(values[name].items()))
+        _check_choices(values)
+        for name, option in values["xla"]:
+            _require(
+                type(option) in (bool, int, str),
+                f"xla.{name} = {option!r}, expected true, false, a whole number or a string",
+            )
         return Numerics(**values)
 
     @staticmethod
@@ -195,6 +189,43 @@ class Numerics:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"not a TOML document: {error}") from error
         return Numerics.from_mapping(table)
+
+
+def check_simulation(config: ModelConfig, numerics: Numerics) -> None:
+    """Checks that a model's sizes admit the simulated formats.
+
+    Raises:
+        ConfigError: they do not; the message names the field to switch off.
+    """
+    plain = config.head_dim - config.qk_rope_head_dim
+    _require(
+        not numerics.sim_kv or plain % 64 == 0,
+        f"sim_kv rounds in blocks of 64, but a head has {plain} features without rotation; set sim_kv = false",
+    )
+    width = config.index_head_dim
+    _require(
+        not numerics.sim_index or 4 not in config.compress_ratios or (width % 32 == 0 and width & (width - 1) == 0),
+        f"sim_index needs an indexer head size that is a power of two from 32, found {width}; set sim_index = false",
+    )
+
+
+_CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "rows": ("loop", "batch"),
+    "act": ("q8", "f32"),
+    "sim_kv": (True, False),
+    "sim_index": (True, False),
+    "cache": ("f32", "f16"),
+    "precision": ("highest", "default"),
+}
+
+
+def _check_choices(values: Mapping[str, Any]) -> None:
+    for name, allowed in _CHOICES.items():
+        value = values[name]
+        _require(
+            value in allowed and type(value) is type(allowed[0]),  # 0 == False
+            f"{name} = {value!r}, expected one of {', '.join(map(str, allowed))}",
+        )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,10 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import jax
 import numpy as np
 
 from ds4jax.checkpoint import GGUF, Census, Progress, load_params, open_gguf, read_config
-from ds4jax.config import ModelConfig, Numerics
+from ds4jax.checkpoint_memory import check_device
+from ds4jax.config import ModelConfig, Numerics, check_simulation
 from ds4jax.decode.generate import Programs, build_generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.score import build_score
@@ -154,6 +156,11 @@ class Engine:
         return build_score(self.config, self.numerics, size, min(self.chunk, size))(self.params, ids)
 
     def _start(self, prompts: Sequence[Prompt], options: Options) -> Run:
+        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+            raise RequestError(
+                f"unknown options {', '.join(unknown)}, expected some of {', '.join(Options.__annotations__)}; "
+                "temperature, top_k, top_p and min_p go into sampling=Sampling(...)"
+            )
         ids = [self.encode(prompt, options.get("parse_special", False)) for prompt in prompts]
         if not ids or not all(ids):
             raise RequestError(f"{len(ids)} prompts of {[len(i) for i in ids]} tokens, expected at least 1 of each")
@@ -164,10 +171,9 @@ class Engine:
         new = options.get("max_new_tokens", NEW_TOKENS)
         size = self._context_for(int(lengths.max()) + max(new, 0))
         if lengths.max() >= size:
-            raise RequestError(
-                f"prompt of {lengths.max()} tokens, expected fewer than the context of {size}; "
-                "shorten it or load the model with a larger context"
-            )
+            most = self.config.max_position_embeddings
+            remedy = "shorten it" if size == most else f"shorten it or load the model with a larger context, up to {most}"
+            raise RequestError(f"prompt of {lengths.max()} tokens, expected fewer than the context of {size}; {remedy}")
         limits = Limits(len(ids), size, size, min(self.chunk, size), context=size)
         padded = np.zeros((len(ids), lengths.max()), np.int32)
         for row, sequence in zip(padded, ids, strict=True):
@@ -194,6 +200,9 @@ class Engine:
         """Programs for the limits, and the seconds that tracing and compiling took now."""
         if limits in self._programs:
             return self._programs[limits], (0.0, 0.0)
+        size = cache_nbytes(self.config, self.numerics, limits.batch, limits.context, limits.chunk)
+        (device,) = jax.tree.leaves(self.params)[0].devices()
+        check_device(device, 0, size)
         programs = build_generate(self.config, self.numerics, limits).compile(self.params)
         self._programs[limits] = programs
         return programs, (programs.trace_seconds, programs.compile_seconds)
@@ -228,6 +237,7 @@ def load(
     main = open_demo() if path is None else open_gguf(path)
     second = None if mtp is None else open_gguf(mtp)
     config = read_config(main, second)
+    check_simulation(config, numerics)
     tokenizer = Tokenizer.from_gguf(main.metadata)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(

@@ -6,125 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import quants as gguf_quants
+from quantised_numpy import (
+    act_q8_numpy,
+    act_q8k_numpy,
+    f32,
+    ordered_sum_numpy,
+    packed,
+    quantised_dot_numpy,
+    random_blocks,
+)
 
 from ds4jax.ops import linear as ops
-from ds4jax.quants import QTensor, pack
 
 QUANTS = golden.read("golden/quants.npz")
-f32, i32 = np.float32, np.int32
 
 act_q8, act_q8k, ordered_sum, embed = (jax.jit(f) for f in (ops.act_q8, ops.act_q8k, ops.ordered_sum, ops.embed))
 linear, grouped_linear = (jax.jit(f, static_argnames=("act", "precision")) for f in (ops.linear, ops.grouped_linear))
-
-
-# ------------------------------------------------------------------------------- NumPy float32, block by block
-
-
-def random_blocks(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
-    """Random valid bytes [rows, blocks * block bytes] with finite scales of both signs, one of them zero."""
-    rng = np.random.default_rng(seed)
-    size, offsets = {"Q8_0": (34, [0]), "IQ2_XXS": (66, [0]), "Q2_K": (84, [80, 82]), "Q4_K": (144, [0, 2])}[name]
-    raw = rng.integers(0, 256, (rows, blocks, size), np.uint8)
-    for offset in offsets:
-        scale = (rng.standard_normal((rows, blocks)) * 0.02).astype(np.float16)
-        scale[0, 0] = 0
-        raw[:, :, offset : offset + 2] = scale[..., None].view(np.uint8)
-    return raw.reshape(rows, -1)
-
-
-def half(raw: np.ndarray, offset: int) -> np.ndarray:
-    return raw[..., offset : offset + 2].copy().view("<f2")[..., 0].astype(f32)
-
-
-def groups_numpy(name: str, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q8_0, IQ2_XXS: codes [N, G, 32] and float32 scales [N, G]."""
-    if name == "Q8_0":
-        raw = raw.reshape(len(raw), -1, 34)
-        return raw[..., 2:].view(np.int8).astype(i32), half(raw, 0)
-    raw = raw.reshape(len(raw), -1, 66)
-    gguf_quants.IQ2_XXS.init_grid()
-    grid = np.asarray(gguf_quants.IQ2_XXS.grid).reshape(256, 8).astype(i32)
-    group = raw[..., 2:].reshape(len(raw), -1, 8)
-    word = group[..., 4:].copy().view("<u4")[..., 0]
-    codes = np.empty((*word.shape, 4, 8), i32)
-    for k in range(4):
-        low = ((word >> np.uint32(7 * k)) & np.uint32(127)).astype(i32)
-        parity = np.bitwise_count(low).astype(i32) & 1
-        signs = low | parity << 7
-        negative = (signs[..., None] >> np.arange(8)) & 1
-        codes[..., k, :] = np.where(negative == 1, -1, 1) * grid[group[..., k]]
-    d = np.repeat(half(raw, 0), 8, axis=-1)
-    scale = (d * (f32(0.5) + (word >> np.uint32(28)).astype(f32))) * f32(0.25)
-    return codes.reshape(*word.shape, 32), scale
-
-
-def superblocks_numpy(name: str, raw: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Q2_K, Q4_K: codes [N, B, S, 256/S], scales and minima [N, B, S], d and dmin [N, B]."""
-    if name == "Q2_K":
-        raw = raw.reshape(len(raw), -1, 84)
-        scales, packed = raw[..., :16].astype(i32), raw[..., 16:80].astype(i32).reshape(*raw.shape[:2], 2, 1, 32)
-        codes = (packed >> (2 * np.arange(4))[:, None]) & 3
-        return codes.reshape(*raw.shape[:2], 16, 16), scales & 15, scales >> 4, half(raw, 80), half(raw, 82)
-    raw = raw.reshape(len(raw), -1, 144)
-    s, packed = raw[..., 4:16].astype(i32), raw[..., 16:].astype(i32).reshape(*raw.shape[:2], 4, 1, 32)
-    codes = (packed >> (4 * np.arange(2))[:, None]) & 15
-    low, middle, high = s[..., :4], s[..., 4:8], s[..., 8:]
-    sc = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
-    m = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], -1)
-    return codes.reshape(*raw.shape[:2], 8, 32), sc, m, half(raw, 0), half(raw, 2)
-
-
-def act_q8_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    v = x.reshape(len(x), -1, 32)
-    scale = np.abs(v).max(-1) / f32(127)
-    inverse = np.divide(f32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    return np.clip(np.rint(v * inverse[..., None]), -128, 127).astype(i32), scale
-
-
-def act_q8k_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    v = x.reshape(len(x), -1, 256)
-    codes, scale = np.zeros(v.shape, i32), np.zeros(v.shape[:2], f32)
-    for index in np.ndindex(*v.shape[:2]):
-        peak = v[index][np.abs(v[index]).argmax()]
-        if peak != 0:
-            inverse = f32(-127) / peak
-            codes[index] = np.clip(np.rint(inverse * v[index]), -128, 127)
-            scale[index] = f32(1) / inverse
-    return codes, scale
-
-
-def ordered_sum_numpy(terms: np.ndarray) -> np.ndarray:
-    lanes = 1
-    while lanes < terms.shape[-1] and lanes < 128:
-        lanes *= 2
-    total = np.zeros((*terms.shape[:-1], lanes), f32)
-    for index in range(terms.shape[-1]):
-        lane = index % lanes
-        total[..., lane] = terms[..., index] if index < lanes else total[..., lane] + terms[..., index]
-    while lanes > 1:
-        lanes //= 2
-        total = total[..., :lanes] + total[..., lanes : 2 * lanes]
-    return total[..., 0]
-
-
-def quantised_dot_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarray:
-    """`x [T, K] . w^T` with int8 activations; every product and sum is one float32 operation."""
-    if name in ("Q8_0", "IQ2_XXS"):
-        codes, scale = groups_numpy(name, raw)
-        q, xscale = act_q8_numpy(x)
-        isum = (q[:, None] * codes[None]).sum(-1)
-        return ordered_sum_numpy(isum.astype(f32) * (scale[None] * xscale[:, None]))
-    codes, sc, m, d, dmin = superblocks_numpy(name, raw)
-    q, xscale = act_q8k_numpy(x)
-    q = q.reshape(len(x), 1, *codes.shape[1:])
-    values = (sc * (q * codes).sum(-1)).sum(-1).astype(f32)
-    minima = (m * q.sum(-1)).sum(-1).astype(f32)
-    xs = xscale[:, None]
-    return ordered_sum_numpy((d * xs) * values - (dmin * xs) * minima)
-
-
-def packed(name: str, raw: np.ndarray, shape: tuple[int, ...]) -> QTensor:
-    return jax.tree.map(jnp.asarray, pack(name, raw, shape))
 
 
 def activations(rows: int, width: int, seed: int = 1) -> np.ndarray:

@@ -1,35 +1,40 @@
 """Router and experts: scores, choices with ties, weights, the clamp, and sums in a fixed order."""
 
+import functools
+
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantised_numpy import packed, quantised_dot_numpy, random_blocks
 
 from ds4jax.ops import moe
 
 PURE = golden.pure()
-route = jax.jit(moe.route, static_argnames=("top_k", "scale"))
+route = jax.jit(functools.partial(moe.route, precision="highest"), static_argnames=("top_k", "scale"))
+router_scores = jax.jit(functools.partial(moe.router_scores, precision="highest"))
 swiglu = jax.jit(moe.swiglu, static_argnames="limit")
+EXPERT_TYPES = {"w1": "IQ2_XXS", "w3": "IQ2_XXS", "w2": "Q2_K"}
 SETTINGS = {"act": "f32", "precision": "highest"}
 
 
 def through_identity(logits: np.ndarray, bias=None, ids=None, top_k: int = 6, scale: float = 1.5):
     """Routes on given logits: an identity gate hands them through exactly."""
     gate = jnp.eye(logits.shape[1])
-    ids, weights = route(jnp.asarray(logits), gate, bias, ids, top_k=top_k, scale=scale)
+    ids, weights = route(jnp.asarray(logits), ids, gate, bias, top_k=top_k, scale=scale)
     return np.asarray(ids), np.asarray(weights)
 
 
 def test_scores_match_golden():
-    got = jax.jit(moe.router_scores)(jnp.asarray(PURE["route_logits"]), jnp.eye(256))
+    got = router_scores(jnp.asarray(PURE["route_logits"]), jnp.eye(256))
     np.testing.assert_allclose(np.asarray(got), PURE["route_scores"], rtol=2e-6, atol=1e-9)
 
 
 def test_scores_at_extreme_logits():
     """sqrt(softplus) neither overflows nor loses small values."""
     logits = np.array([[-80, -40, -20.5, -1, 0, 1, 19.9, 20.1, 90, 1e4]], np.float32)
-    got = jax.jit(moe.router_scores)(jnp.asarray(logits), jnp.eye(10))
+    got = router_scores(jnp.asarray(logits), jnp.eye(10))
     want = np.sqrt(np.logaddexp(logits.astype(np.float64), 0))
     np.testing.assert_allclose(np.asarray(got), want, rtol=2e-6)
 
@@ -97,6 +102,31 @@ def test_routed_experts_match_float64(rows):
     function = jax.jit(lambda *a: moe.routed_experts(*a, limit=2.0, **SETTINGS))
     got = function(jnp.asarray(x.astype(np.float32)), jnp.asarray(ids.astype(np.int32)), *floats)
     np.testing.assert_allclose(np.asarray(got), np.stack(want), rtol=0, atol=3e-5)
+
+
+def test_quantised_experts_match_numpy_exactly():
+    """Gate, up, clamp, router weight before `w2`, down, and the sum in order, with int8 activations throughout."""
+    rng, rows, width, experts = np.random.default_rng(3), 3, 256, 4
+    raw = {
+        name: random_blocks(kind, experts * width, 1, seed) for seed, (name, kind) in enumerate(EXPERT_TYPES.items())
+    }
+    shape = (experts, width, width)
+    stored = {n: packed(kind, raw[n].reshape(experts, width, -1), shape) for n, kind in EXPERT_TYPES.items()}
+    x = rng.standard_normal((rows, width)).astype(np.float32)
+    ids = np.stack([rng.permutation(experts)[:2] for _ in range(rows)]).astype(np.int32)
+    weights = rng.uniform(0.1, 1, (rows, 2)).astype(np.float32)
+    want = []
+    for t in range(rows):
+        parts = []
+        for e, weight in zip(ids[t], weights[t], strict=True):
+            block = {name: raw[name].reshape(experts, width, -1)[e] for name in raw}
+            gate, up = (quantised_dot_numpy(EXPERT_TYPES[n], x[t : t + 1], block[n]) for n in ("w1", "w3"))
+            hidden = np.asarray(swiglu(gate, up, limit=2.0)) * weight
+            parts.append(quantised_dot_numpy(EXPERT_TYPES["w2"], hidden, block["w2"])[0])
+        want.append(parts[0] + parts[1])
+    function = jax.jit(lambda *a: moe.routed_experts(*a, limit=2.0, act="q8", precision="highest"))
+    got = function(jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights), stored["w1"], stored["w3"], stored["w2"])
+    np.testing.assert_array_equal(np.asarray(got), np.stack(want))
 
 
 def test_shared_expert_matches_float64():

@@ -1,6 +1,7 @@
 """Rotary embedding: frequencies of the released model, rotation at short and very long range."""
 
 import dataclasses
+import functools
 
 import golden
 import jax
@@ -12,7 +13,14 @@ from ds4jax.ops import rope as rope_ops
 from ds4jax.ops.rope import rope_frequencies
 
 PURE = golden.pure()
-rope = jax.jit(rope_ops.rope, static_argnames="inverse")
+
+
+@functools.partial(jax.jit, static_argnames="inverse")
+def rope(x, position, frequencies, inverse=False):
+    """Rotation at given positions."""
+    return rope_ops.rotate(x, *rope_ops.rope_table(position, frequencies), inverse)
+
+
 FLASH = dataclasses.replace(
     golden.load("tiny_a").config,
     head_dim=512,

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import golden
 import jax
@@ -26,7 +29,7 @@ def stepper(config):
         logits = model.apply({"params": params}, streams, jnp.ones(tokens.shape, bool), method="logits")
         return logits, commit(moved, cache.length + count)
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=STRICT.compiler_options)
 
 
 def visible(cache: Cache, config, length: int) -> list[np.ndarray]:
@@ -94,22 +97,38 @@ def test_capacities_do_not_change_bits():
     np.testing.assert_array_equal(small.logits, large.logits)
 
 
-def test_a_rejected_row_leaves_no_trace():
-    """Rows written beyond the committed length, even ones that completed a window, are invisible afterwards."""
+def test_rejected_rows_leave_no_trace():
+    """Every count of kept rows at every phase of every window: logits and visible state as if never written.
+
+    Four rows are evaluated, of which the last ones are wrong and not committed, even if they completed a window. The
+    rings hold exactly what the widest call needs.
+    """
     model = golden.load("tiny_c")
-    config, ids = model.config, model.ids
-    plain = runs.run(config, STRICT, model.params, ids[:24], [1] * 24, rows=4).logits
-    cache = init_cache(config, STRICT, batch=1, context=64, rows=4)
-    step, got, at = stepper(config), [], 0
-    while at < 24:
-        keep = min(1 + at % 4, 24 - at)
-        tokens = np.full((1, 4), 5, np.int32)
-        tokens[0, :keep] = ids[at : at + keep]
-        logits, cache = step(model.params, jnp.asarray(tokens), cache, jnp.asarray([4], jnp.int32))
-        got.append(np.asarray(logits)[0, :keep])
-        at += keep
-        cache = commit(cache, jnp.asarray([at], jnp.int32))
-    np.testing.assert_array_equal(np.concatenate(got), plain)
+    config, ids, step = model.config, model.ids, stepper(model.config)
+
+    def feed(cache, tokens):
+        padded = np.full((1, 4), 5, np.int32)
+        padded[0, : len(tokens)] = tokens
+        return step(model.params, jnp.asarray(padded), cache, jnp.asarray([len(tokens)], jnp.int32))
+
+    serial, expected = [init_cache(config, STRICT, batch=1, context=64, rows=4)], []
+    for token in ids[:32]:
+        logits, cache = feed(serial[-1], [token])
+        serial.append(cache)
+        expected.append(np.asarray(logits)[0, 0])
+    period = max(config.compress_ratios)
+    for start in range(2 * period, 3 * period):
+        for kept in range(1, 5):
+            wrong = (ids[start + kept : start + 4] + 7) % config.vocab_size
+            logits, cache = feed(serial[start], [*ids[start : start + kept], *wrong])
+            np.testing.assert_array_equal(np.asarray(logits)[0, :kept], expected[start : start + kept])
+            length = start + kept
+            cache = commit(cache, jnp.asarray([length], jnp.int32))
+            both = zip(visible(cache, config, length), visible(serial[length], config, length), strict=True)
+            for got, want in both:
+                np.testing.assert_array_equal(got, want, err_msg=f"start {start}, kept {kept}")
+            again, _ = feed(cache, ids[length : length + 4])
+            np.testing.assert_array_equal(np.asarray(again)[0], expected[length : length + 4])
 
 
 def test_absent_rows_are_not_computed():
@@ -134,3 +153,22 @@ def test_every_forward_is_one_program_for_any_count():
     for count in (1, 2, 3, 0):
         _, cache = step(model.params, jnp.zeros((1, 3), jnp.int32), cache, jnp.asarray([count], jnp.int32))
     assert step._cache_size() == before + 1
+
+
+AS_USERS_RUN_IT = """
+import numpy as np
+import ds4jax
+
+text = "The Fox said to the Crow, \'How well you look to-day: how glossy your feathers; how bright your eye.\'"
+scores = [ds4jax.load(context=128, chunk=chunk).logprobs(text) for chunk in (8, 3)]
+np.testing.assert_array_equal(*scores)
+print(len(scores[0]), "equal")
+"""
+
+
+def test_quantised_weights_and_the_users_own_machine_code():
+    """The demonstration model in two chunk sizes, without this suite's restriction to instructions without FMA."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run([sys.executable, "-c", AS_USERS_RUN_IT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("equal\n")

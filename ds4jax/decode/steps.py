@@ -69,7 +69,7 @@ class Steps:
 
         # Rows whose successor is wanted: the last of a prompt, or all 1 + K of a sequence that has read its prompt.
         heads = jnp.where(reading, count - 1, 0)[:, None] + jnp.arange(1, dtype=jnp.int32)
-        live = (unread <= rows)[:, None] & (heads < count[:, None])
+        live = ~state.done[:, None] & (unread <= rows)[:, None] & (heads < count[:, None])
         chosen, logprobs = self._choose(params, _take_rows(streams, heads), start[:, None] + heads + 1, live, request)
         after, kept = _append(state, chosen, logprobs, jnp.sum(live, axis=1, dtype=jnp.int32), request)
         good = jnp.where(reading, count, kept)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import Cache, Rows
-from ds4jax.model.layers import Aux, DecoderLayer, HyperHead, Layer, Table
+from ds4jax.model.layers import Aux, DecoderLayer, HyperHead
+from ds4jax.ops.compress import CSA_RATIO
 from ds4jax.ops.rope import rope_frequencies
 from ds4jax.ops.rows import Live
 
@@ -182,7 +184,7 @@ class DeepSeekV4(Layer):
         for layer in self.layers:
             x, aux = layer.sequence(x, tokens, *tables[layer.ratio > 0])
             seen.append(aux)
-        losses = [aux.keys.index_loss for layer, aux in zip(self.layers, seen, strict=True) if layer.ratio == 4]
+        losses = [aux.keys.index_loss for layer, aux in zip(self.layers, seen, strict=True) if layer.ratio == CSA_RATIO]
         loss = sum(losses, jnp.zeros(())) / max(len(losses), 1)
         return Sequence(x, loss, jnp.stack([aux.load for aux in seen]), seen[-1].keys.kv)
 

@@ -23,11 +23,6 @@ from ds4jax.ops import norm as _norm
 from ds4jax.ops import rope as _rope
 from ds4jax.ops.rows import Live, map_rows
 
-
-def _router(x: Any, ids: Any, gate: Any, bias: Any, **settings: Any) -> Any:
-    return _moe.route(x, gate, bias, ids, **settings)
-
-
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "embed": _linear.embed,
     "linear": _linear.linear,
@@ -40,7 +35,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "hyper_pre": _hyper.hyper_pre,
     "hyper_post": _hyper.hyper_post,
     "hyper_head": _hyper.hyper_head,
-    "router": _router,
+    "router": _moe.route,
     "routed_experts": _moe.routed_experts,
     "shared_expert": _moe.shared_expert,
     "compress": _compress.compress,

@@ -51,7 +51,8 @@ def indexer(
     """
     total, n = q.shape[0], rows.shape[1]
     q = index_query(q, cos, sin, simulate=simulate)
-    blocks = (jnp.max(visible) + BLOCK - 1) // BLOCK
+    # Never past the capacity: a slice that does not fit moves back over its neighbours.
+    blocks = jnp.minimum(jnp.max(visible) + BLOCK - 1, n) // BLOCK
 
     def score(block: Array, scores: Array) -> Array:
         keys = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, 1)[sequence].astype(jnp.float32)

@@ -13,22 +13,20 @@ from ds4jax.quants import QTensor
 MIN_WEIGHT_SUM = 2.0**-14  # guard of ds4 and llama.cpp against a zero sum; never active with a trained router
 
 
-def router_scores(
-    x: Float[Array, "T D"], gate: Float[Array, "E D"], *, precision: str = "highest"
-) -> Float[Array, "T E"]:
+def router_scores(x: Float[Array, "T D"], gate: Float[Array, "E D"], *, precision: str) -> Float[Array, "T E"]:
     """`sqrt(softplus(x . gate^T))`, the affinity of every expert."""
     return jnp.sqrt(jnp.logaddexp(float_dot(x, gate, precision), 0.0))
 
 
 def route(
     x: Float[Array, "T D"],
+    ids: Int[Array, "T K"] | None,
     gate: Float[Array, "E D"],
     bias: Float[Array, " E"] | None,
-    ids: Int[Array, "T K"] | None,
     *,
     top_k: int,
     scale: float,
-    precision: str = "highest",
+    precision: str,
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
     """Experts of each row and their weights.
 

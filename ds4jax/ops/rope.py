@@ -61,17 +61,6 @@ def rotate(
     return jnp.concatenate([head, turned], axis=-1)
 
 
-def rope(
-    x: Float[Array, "T *heads e"],
-    position: Int[Array, " T"],
-    frequencies: Float[Array, " r2"],
-    inverse: bool = False,
-) -> Float[Array, "T *heads e"]:
-    """`rotate` at given positions."""
-    cos, sin = rope_table(position, frequencies)
-    return rotate(x, cos, sin, inverse)
-
-
 def q_norm_rope(
     q: Float[Array, "T N d"], cos: Float[Array, "T r2"], sin: Float[Array, "T r2"], *, eps: float
 ) -> Float[Array, "T N d"]:

@@ -1,0 +1,47 @@
+"""What all layers of the model share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ds4jax import ops
+from ds4jax.config import ModelConfig, Numerics
+from ds4jax.ops.rows import Live
+
+Table = tuple[Float[Array, "T r2"], Float[Array, "T r2"]]
+"""Cosines and sines of the rotary angles of every row."""
+
+
+class Layer(nn.Module):
+    """What all layers share: sizes, numerics, and parameters that may be arrays or QTensors."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    def weight(self, name: str, *shape: int, init: Any = None) -> Any:
+        """A parameter as stored; float32, drawn by `init`, where the module is initialised instead of loaded."""
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        if init is None:
+            init = (
+                nn.initializers.ones
+                if len(shape) == 1
+                else nn.initializers.variance_scaling(1.0, "fan_in", "normal", -1, -2)
+            )
+        return self.param(name, init, shape, jnp.float32)
+
+    def op(self, name: str, live: Live, rows: tuple[Any, ...], shared: tuple[Any, ...] = (), **settings: Any) -> Any:
+        """`ops.call` with this module's numerics."""
+        return ops.call(name, self.numerics, live, rows, shared, **settings)
+
+    def linear(self, x: Float[Array, "T K"], w: Any, live: Live) -> Float[Array, "T N"]:
+        """One projection."""
+        return self.op("linear", live, (x,), (w,), act=self.numerics.act, precision=self.numerics.precision)
+
+    def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Float[Array, "T D"]:
+        """Weighted RMS norm."""
+        return self.op("rms_norm", live, (x,), (weight,), eps=self.config.rms_norm_eps)
