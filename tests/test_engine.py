@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from ds4jax import engine as engine_module
-from ds4jax.checkpoint import open_gguf
+from ds4jax.checkpoint import open_gguf, read_config
+from ds4jax.config import check_simulation
 from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine import Engine, load
 from ds4jax.engine_run import Answer
 from ds4jax.errors import CapacityError, CheckpointError, ConfigError, RequestError
 from ds4jax.model.transformer import DeepSeekV4
+from ds4jax.runconfig import load_numerics
 from ds4jax.tokenizer import BOS, Tokenizer
 
 FILE = golden.DATA / "oracle" / "tiny-f32.gguf"
@@ -234,6 +236,7 @@ def test_requests_that_cannot_be_carried_out(reciter):
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens"),
         (PROMPT, {"seed": -1}, "seed"),
         ([TOKENIZER.vocab_size], {}, "ids"),
+        (PROMPT, {"temperature": 0.5}, "unknown options temperature, .*sampling=Sampling"),
     ):
         with pytest.raises(RequestError, match=words):
             reciter.generate(prompt, **options)
@@ -264,6 +267,12 @@ def test_load_refuses_what_cannot_work(monkeypatch, tmp_path):
         load(FILE, chunk=0)
     with pytest.raises(ConfigError, match="numerics"):
         load(FILE, numerics=tmp_path / "none.toml")
+    for change, words in (
+        ({"head_dim": 90}, "58 features.*sim_kv = false"),
+        ({"index_head_dim": 96}, "sim_index = false"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_simulation(dataclasses.replace(read_config(open_gguf(FILE)), **change), load_numerics("strict"))
     with pytest.raises(CheckpointError):
         load(tmp_path / "none.gguf")
     monkeypatch.setattr("ds4jax.checkpoint_memory.host_bytes", lambda: 1 << 20)

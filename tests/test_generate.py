@@ -262,6 +262,16 @@ def test_halting_one_sequence_leaves_the_others():
         assert new_tokens(result, b) == by_hand(prompts[b].tolist(), int(result.length[b]))
 
 
+def test_a_sequence_halted_in_its_prompt_gets_no_tokens():
+    generate = table(BATCH)
+    programs, request = generate.programs, generate.prepare(np.ones((3, 9), np.int32))
+    state, _ = programs.burst(TABLE, request, programs.start(), 2, np.zeros(3, bool))
+    assert np.asarray(state.cache.length).tolist() == [8, 8, 8]
+    state, result = programs.burst(TABLE, request, state, 3, np.array([False, True, False]))
+    assert np.asarray(result.length).tolist() == [3, 0, 3]
+    assert np.asarray(state.cache.length).tolist() == [11, 8, 11]
+
+
 @pytest.mark.parametrize(("chunk", "bodies"), [(4, 1), (9, 2)])
 def test_nothing_recompiles_within_the_limits(chunk, bodies):
     generate = Generate(Table(table_config(), QUICK), Limits(batch=1, prompt=16, new_tokens=16, chunk=chunk))

@@ -155,6 +155,13 @@ def test_only_visible_rows_are_chosen():
     np.testing.assert_array_equal(got, want)
 
 
+def test_a_row_beyond_the_cache_does_not_disturb_its_neighbour():
+    n = ops.BLOCK
+    rows = np.arange(n)[:, None] * np.ones(8)
+    got = index(np.ones((2, 1, 8)), np.ones((2, 1)), rows, [50, n + 17], top_k=3)
+    np.testing.assert_array_equal(got[0], [47, 48, 49])
+
+
 @pytest.mark.parametrize("simulated", [False, True])
 def test_selection_matches_float64(simulated):
     """Head weights of both signs, negative dots cut off, queries rotated."""
