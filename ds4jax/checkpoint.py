@@ -50,8 +50,8 @@ HOST_BYTES = 8 * WORKERS * SLAB_BYTES
 CARDS = (80, 96, 141)
 """Device memories, in GiB, for which `describe` tells what fits."""
 
-CONTEXTS = (4096, 65536, 1048576)
-"""Context lengths for which `describe` tells what fits."""
+CONTEXTS = (4096, 65536)
+"""Context lengths for which `describe` tells what fits, besides the model's longest, which ends the list."""
 
 RESERVED_BYTES = 2 << 30
 """Device memory that `describe` sets aside for the runtime, programs and temporaries."""
@@ -144,7 +144,8 @@ def describe(
     config = read_config(main, mtp)
     census = _census(main, mtp, make_plan(main, mtp, config))
     fits = []
-    for context in CONTEXTS if cache_nbytes is not None else ():
+    longest = config.max_position_embeddings
+    for context in (*(length for length in CONTEXTS if length < longest), longest) if cache_nbytes is not None else ():
         assert cache_nbytes is not None
         cache = cache_nbytes(config, context)
         left = [(card << 30) - RESERVED_BYTES - census.device_bytes - cache for card in CARDS]
@@ -221,8 +222,8 @@ def _check_ids(tensor: TensorInfo, experts: int) -> None:
     ids = tensor.data.view(np.int32)
     if ids.min() < 0 or ids.max() >= experts:
         raise CheckpointError(
-            f"{tensor.name}: expected expert ids from 0 to {experts - 1}, file has {ids.min()} to {ids.max()}; "
-            "the file is damaged: download or convert it again"
+            f"{tensor.path.name}: {tensor.name}: expected expert ids from 0 to {experts - 1}, "
+            f"file has {ids.min()} to {ids.max()}; the file is damaged: download or convert it again"
         )
 
 

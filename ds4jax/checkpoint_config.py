@@ -8,7 +8,7 @@ from typing import Any
 
 from ds4jax.checkpoint_gguf import GGUF
 from ds4jax.config import ModelConfig
-from ds4jax.errors import CheckpointError
+from ds4jax.errors import CheckpointError, ConfigError
 
 ARCHITECTURE = "deepseek4"
 
@@ -20,8 +20,16 @@ def read_config(main: GGUF, mtp: GGUF | None = None) -> ModelConfig:
     """Sizes and schedule of the model in `main`, with the MTP block of `mtp` or, without it, of `main` itself.
 
     Tensors, not the key `nextn_predict_layers`, decide whether there is an MTP block. Raises CheckpointError if `main`
-    is not a DeepSeek-V4 trunk, `mtp` holds no MTP block, or a key is missing, of the wrong type or unsupported.
+    is not a DeepSeek-V4 trunk, `mtp` holds no MTP block, a key is missing, of the wrong type or unsupported, or keys
+    contradict each other.
     """
+    try:
+        return _config(main, mtp)
+    except ConfigError as error:
+        raise CheckpointError(f"{main}: {error}; the metadata contradict each other: convert it again") from error
+
+
+def _config(main: GGUF, mtp: GGUF | None) -> ModelConfig:
     _require_trunk(main)
     keys = _Keys(main)
     _require_supported(keys)
@@ -31,6 +39,8 @@ def read_config(main: GGUF, mtp: GGUF | None = None) -> ModelConfig:
     heads = keys.integer("attention.head_count", _axis("blk.0.attn_sinks.weight", 0))
     head_dim = keys.integer("attention.key_length", _axis("blk.0.attn_kv.weight", 0))
     groups = keys.integer("attention.output_group_count", _output_groups(heads * head_dim))
+    if groups < 1:
+        raise CheckpointError(f"{keys.name('attention.output_group_count')}: expected at least 1; convert it again")
     clamp = keys.per_layer("swiglu_clamp_exp", layers, mtp)
     yarn = _yarn_factor(keys)
     theta = keys.real("rope.freq_base", 10000.0)
@@ -164,9 +174,13 @@ def _ratios(keys: _Keys, layers: int, has_mtp: bool) -> tuple[int, ...]:
         return tuple(0 if ape is None else ape.shape[0] for ape in apes)
     whole = isinstance(found, list) and all(isinstance(ratio, int) and ratio >= 0 for ratio in found)
     if not whole or len(found) < layers:
-        raise CheckpointError(f"{keys.name(key)}: expected at least {layers} numbers, file has {found!r}")
+        raise CheckpointError(
+            f"{keys.name(key)}: expected at least {layers} numbers, file has {found!r}; convert it again"
+        )
     if has_mtp and len(found) > layers and found[layers] != 0:
-        raise CheckpointError(f"{keys.name(key)}: expected 0 for the MTP block, file has {found[layers]}")
+        raise CheckpointError(
+            f"{keys.name(key)}: expected 0 for the MTP block, file has {found[layers]}; convert it again"
+        )
     return tuple(found[:layers])
 
 
@@ -257,7 +271,9 @@ class _Keys:
         if not isinstance(found, list):
             return (self.real(key),) * (layers + 1)
         if len(found) < layers or not all(isinstance(entry, (int, float)) for entry in found):
-            raise CheckpointError(f"{self.name(key)}: expected a number or at least {layers}, file has {found!r}")
+            raise CheckpointError(
+                f"{self.name(key)}: expected a number or at least {layers}, file has {found!r}; convert it again"
+            )
         other = mtp.metadata.get(f"{ARCHITECTURE}.{key}") if mtp is not None else None
         if isinstance(other, list) and len(other) > layers:
             found = [*found[:layers], other[layers]]

@@ -92,7 +92,9 @@ def open_gguf(path: str | Path) -> GGUF:
         joined |= tensors
     expected = first.get("split.tensors.count", len(joined))
     if expected != len(joined):
-        raise CheckpointError(f"{paths[0].name}: expected {expected} tensors in {count} parts, found {len(joined)}")
+        raise CheckpointError(
+            f"{paths[0].name}: expected {expected} tensors in {count} parts, found {len(joined)}; {_DOWNLOAD}"
+        )
     return GGUF(tuple(paths), first, joined)
 
 
@@ -117,15 +119,22 @@ def _split_paths(path: Path, count: int) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected a GGUF file, found a directory; name a file in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file; check its name and folder")
     if path.stat().st_size < 4:
         raise CheckpointError(f"{path.name}: expected a GGUF file, found {path.stat().st_size} bytes; {_DOWNLOAD}")
-    cursor = _Cursor(path, np.memmap(path, np.uint8, "r"))
+    try:
+        cursor = _Cursor(path, np.memmap(path, np.uint8, "r"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
     magic = bytes(cursor.data[:4])
     if magic != b"GGUF":
-        kind = "a Git LFS pointer, use `git lfs pull`" if magic == b"vers" else f"a file starting with {magic!r}"
-        raise CheckpointError(f"{path.name}: expected a GGUF file, found {kind}")
+        found, remedy = f"a file starting with {magic!r}", "name a model in GGUF format, or convert this one"
+        if magic == b"vers":
+            found, remedy = "a Git LFS pointer", "use `git lfs pull`"
+        raise CheckpointError(f"{path.name}: expected a GGUF file, found {found}; {remedy}")
     cursor.offset = 4
     version = cursor.scalar("<I")
     if version not in (2, 3):
@@ -157,12 +166,16 @@ def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, st
     try:
         ggml_type = gguf.GGMLQuantizationType(type_id)
     except ValueError:
-        raise CheckpointError(f"{cursor.path.name}: {name} has GGML type {type_id}, which is not known") from None
+        raise CheckpointError(
+            f"{cursor.path.name}: {name} has GGML type {type_id}, which is not known; "
+            "get another quantisation, or the file again if it may be damaged"
+        ) from None
     values, size = gguf.GGML_QUANT_SIZES[ggml_type]
     row = shape[-1] if shape else 1
     if row % values:
         raise CheckpointError(
-            f"{name}: {ggml_type.name} rows need a multiple of {values} values, file has {list(shape)}"
+            f"{cursor.path.name}: {name}: {ggml_type.name} rows need a multiple of {values} values, "
+            f"file has {list(shape)}; {_DOWNLOAD}"
         )
     end = start + math.prod(shape) // values * size
     if end > cursor.data.size:

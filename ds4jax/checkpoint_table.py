@@ -104,19 +104,20 @@ def _check(tensor: TensorInfo, slot: Slot) -> None:
     if tensor.format not in allowed:
         kinds = ", ".join(allowed[:3]) + (" or a quantised type" if len(allowed) > 3 else "")
         raise CheckpointError(
-            f"{slot.name}: expected {kinds} {list(slot.shape)}, file has {tensor}; "
+            f"{tensor.path.name}: {slot.name}: expected {kinds} {list(slot.shape)}, file has {tensor}; "
             f"quantise it to one of {', '.join(allowed)}"
         )
     if tensor.shape != slot.shape:
         raise CheckpointError(
-            f"{slot.name}: expected {tensor.format} {list(slot.shape)}, file has {tensor}; "
+            f"{tensor.path.name}: {slot.name}: expected {tensor.format} {list(slot.shape)}, file has {tensor}; "
             "the metadata and tensors of the file disagree: convert it again"
         )
     columns = slot.shape[-1] // len(slot.paths)
     if tensor.format in FORMATS and columns % block_size(tensor.format)[0]:
         raise CheckpointError(
-            f"{slot.name}: expected a type whose blocks divide its {len(slot.paths)} parts of {columns} columns, "
-            f"file has {tensor}; quantise it to a type with smaller blocks"
+            f"{tensor.path.name}: {slot.name}: expected a type whose blocks divide its "
+            f"{len(slot.paths)} parts of {columns} columns, file has {tensor}; "
+            "quantise it to a type with smaller blocks"
         )
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ds4jax.errors import Ds4Error, RequestError
+from ds4jax.errors import ConfigError, Ds4Error, RequestError
 
 if TYPE_CHECKING:
     from ds4jax.checkpoint import GGUF
-    from ds4jax.engine import Engine
+    from ds4jax.config import Numerics
+    from ds4jax.engine import Engine, Options
     from ds4jax.engine_run import Result
     from ds4jax.runconfig import RunConfig
     from ds4jax.tokenizer import Tokenizer
@@ -46,7 +47,8 @@ app = typer.Typer(
 Model = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file; default: the demonstration model.")]
 Mtp = Annotated[Path | None, typer.Option("--mtp", help="GGUF file of the MTP block, where it is separate.")]
 Config = Annotated[
-    str, typer.Option("-c", "--config", metavar="strict|perf|FILE.toml", help="Numerics preset, or a run file.")
+    str,
+    typer.Option("-c", "--config", metavar="strict|perf|FILE.toml", help="Numerics preset, numerics file or run file."),
 ]
 NumericsChange = Annotated[
     list[str] | None,
@@ -57,7 +59,8 @@ NumericsChange = Annotated[
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="The text; default: standard input.")]
 PromptFile = Annotated[Path | None, typer.Option("--prompt-file", help="UTF-8 file that holds the text.")]
 Special = Annotated[
-    bool, typer.Option("--special", help="Special tokens written out in the text become single tokens.")
+    bool | None,
+    typer.Option("--special/--no-special", help="Special tokens written out in the text become single tokens."),
 ]
 Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
@@ -87,7 +90,7 @@ def generate(
     numerics: NumericsChange = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    special: Special = False,
+    special: Special = None,
     temperature: Annotated[float | None, typer.Option("-t", "--temperature", help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k most probable tokens; 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Keep the most probable mass p; 1 is off.")] = None,
@@ -96,6 +99,10 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Most tokens to add.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
+    stop_ids: Annotated[
+        list[int] | None, typer.Option("--stop-id", help="Token id that does so, instead of the model's; repeatable.")
+    ] = None,
     context: Context = None,
     chunk: Chunk = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
@@ -108,22 +115,18 @@ def generate(
         min_p=min_p,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        stop=tuple(stop) if stop else None,
+        stop_ids=tuple(stop_ids) if stop_ids else None,
+        special=special,
         context=context,
         chunk=chunk,
     )
     text = _text(run)
+    options = _options(run)
     engine = _engine(run)
     if run.prompt is not None and sys.stderr.isatty():
         typer.secho(text, err=True, nl=False, dim=True)
-    from ds4jax.decode.sampling import Sampling
-
-    stream = engine.stream(
-        text,
-        sampling=Sampling(run.temperature, run.top_k, run.top_p, run.min_p),
-        seed=run.seed,
-        max_new_tokens=run.max_new_tokens,
-        parse_special=special,
-    )
+    stream = engine.stream(text, **options)
     try:
         with stream:
             for piece in stream:
@@ -132,6 +135,7 @@ def generate(
         typer.echo()
         if stats:
             _show_stats(engine, stream.result())
+    _say_if_clipped(stream.result(), run.max_new_tokens)
 
 
 @app.command()
@@ -139,7 +143,7 @@ def tokens(
     model: Model = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    special: Special = False,
+    special: Special = None,
 ) -> None:
     """Shows the tokens of a text: id and piece, one a line."""
     from ds4jax.runconfig import RunConfig
@@ -147,7 +151,7 @@ def tokens(
 
     text = _text(RunConfig(prompt=prompt, prompt_file=prompt_file))
     tokenizer = Tokenizer.from_gguf(_open(model).metadata)
-    for token in tokenizer.encode(text, parse_special=special):
+    for token in tokenizer.encode(text, parse_special=bool(special)):
         typer.echo(f"{token}\t{_piece(tokenizer, token)}")
 
 
@@ -159,7 +163,7 @@ def logprobs(
     numerics: NumericsChange = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
-    special: Special = False,
+    special: Special = None,
     context: Context = None,
     chunk: Chunk = None,
 ) -> None:
@@ -167,10 +171,10 @@ def logprobs(
     import numpy as np
 
     run = _run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file)
-    run = run.override(context=context, chunk=chunk)
+    run = run.override(special=special, context=context, chunk=chunk)
     text = _text(run)
     engine = _engine(run)
-    ids = engine.encode(text, parse_special=special)
+    ids = engine.encode(text, parse_special=run.special)
     scores = engine.logprobs(ids)
     for token, score in zip(ids[1:], scores.tolist(), strict=True):
         typer.echo(f"{token}\t{score:.6f}\t{_piece(engine.tokenizer, token)}")
@@ -180,7 +184,8 @@ def logprobs(
 
 @app.command()
 def info(
-    model: Annotated[Path | None, typer.Argument(help="GGUF file; default: the demonstration model.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="GGUF file; default: the demonstration model.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="The same, as in other commands.")] = None,
     mtp: Mtp = None,
     config: Config = "strict",
     numerics: NumericsChange = None,
@@ -188,11 +193,20 @@ def info(
     """Shows what a model file holds: sizes, layers, tensors by type, and on which cards it fits."""
     from ds4jax.checkpoint import describe, open_gguf
     from ds4jax.cli_info import show
+    from ds4jax.config import ModelConfig
+    from ds4jax.engine import default_chunk
     from ds4jax.model.cache import cache_nbytes
 
-    run = _run(config, numerics, model=model, mtp=mtp)
+    if file is not None and model is not None:
+        raise RequestError(f"two model files given, {file} and {model}; name one")
+    run = _run(config, numerics, model=file or model, mtp=mtp)
     second = None if run.mtp is None else open_gguf(run.mtp)
-    show(describe(_open(run.model), second, lambda sizes, context: cache_nbytes(sizes, run.numerics, 1, context, 128)))
+    chunk = run.chunk or default_chunk(run.numerics)
+
+    def cache(sizes: ModelConfig, context: int) -> int:
+        return cache_nbytes(sizes, run.numerics, 1, context, min(chunk, context))
+
+    show(describe(_open(run.model), second, cache))
 
 
 def _run(config: str, numerics: list[str] | None, **changes: Any) -> RunConfig:
@@ -224,6 +238,35 @@ def _open(model: Path | None) -> GGUF:
     return open_demo() if model is None else open_gguf(model)
 
 
+def _options(run: RunConfig) -> Options:
+    """What the run asks of the engine; checked here, because loading takes long."""
+    from ds4jax.decode.sampling import Sampling
+
+    sampling = Sampling(run.temperature, run.top_k, run.top_p, run.min_p)
+    sampling.broadcast(1)
+    options: Options = {
+        "sampling": sampling,
+        "seed": run.seed,
+        "max_new_tokens": run.max_new_tokens,
+        "stop": run.stop,
+        "parse_special": run.special,
+    }
+    if run.stop_ids is not None:
+        options["stop_ids"] = run.stop_ids
+    return options
+
+
+def _check_compiler_options(numerics: Numerics) -> None:
+    """Compiles next to nothing, so that an option that XLA refuses is found before the model is loaded."""
+    import jax
+
+    try:
+        jax.jit(lambda x: x, compiler_options=numerics.compiler_options).lower(0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise ConfigError(f"numerics: xla: {reason}; remove or correct it") from error
+
+
 def _engine(run: RunConfig) -> Engine:
     """The loaded model; a bar on a terminal shows the progress."""
     from rich.console import Console
@@ -232,6 +275,7 @@ def _engine(run: RunConfig) -> Engine:
     from ds4jax.engine import load
 
     _keep_compiled_programs()
+    _check_compiler_options(run.numerics)
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -263,6 +307,14 @@ def _piece(tokenizer: Tokenizer, token: int) -> str:
         return repr(raw.decode())
     except UnicodeDecodeError:
         return repr(raw)
+
+
+def _say_if_clipped(result: Result, wanted: int) -> None:
+    """Tells of an answer that ended because prompt and answer fill the context."""
+    new = result.stats.new_tokens
+    if result.finish == "length" and new < wanted:
+        context = result.stats.prompt_tokens + new
+        typer.echo(f"ds4jax: clipped after {new} of {wanted} new tokens: the context of {context} is full", err=True)
 
 
 def _show_stats(engine: Engine, result: Result) -> None:

@@ -113,7 +113,7 @@ class Engine:
     ) -> None:
         self.config, self.numerics, self.params, self.tokenizer = config, numerics, params, tokenizer
         self.census, self.context, self.load_seconds = census, context, load_seconds
-        self.chunk = chunk or _chunk(numerics)
+        self.chunk = chunk or default_chunk(numerics)
         self._programs: dict[Limits, Programs] = {}
 
     def encode(self, prompt: Prompt, parse_special: bool = False) -> list[int]:
@@ -172,7 +172,7 @@ class Engine:
         size = self._context_for(int(lengths.max()) + max(new, 0))
         if lengths.max() >= size:
             most = self.config.max_position_embeddings
-            remedy = "shorten it" if size == most else f"shorten it or load the model with a larger context, up to {most}"
+            remedy = "shorten it" if size == most else f"shorten it or load with a larger context, up to {most}"
             raise RequestError(f"prompt of {lengths.max()} tokens, expected fewer than the context of {size}; {remedy}")
         limits = Limits(len(ids), size, size, min(self.chunk, size), context=size)
         padded = np.zeros((len(ids), lengths.max()), np.int32)
@@ -243,7 +243,7 @@ def load(
         raise CheckpointError(
             f"{main}: {tokenizer.vocab_size} tokens, expected one for each of {config.vocab_size} rows"
         )
-    chunk = chunk if chunk is not None else _chunk(numerics)
+    chunk = chunk if chunk is not None else default_chunk(numerics)
     if chunk < 1:
         raise ConfigError(f"chunk = {chunk}, expected at least 1")
     if context is not None and not 2 <= context <= config.max_position_embeddings:
@@ -256,7 +256,7 @@ def load(
     )
 
 
-def _chunk(numerics: Numerics) -> int:
+def default_chunk(numerics: Numerics) -> int:
     """Where rows are evaluated one at a time, a long chunk gains nothing and a short one saves compiling."""
     return SHARED_ROWS if numerics.rows == "loop" else CHUNK
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,15 +21,17 @@ PRESETS = ("strict", "perf")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A complete run. In a run file, sampling and limits are tables and numerics a name, a path or a table.
+    """A complete run. In a run file, `[sampling]` and `[limits]` are tables and numerics a name, a path or a table.
 
     model, mtp: GGUF files; no model means the demonstration model that ships with the package.
     numerics: see `Numerics`; in a file `"strict"`, `"perf"`, the path of a numerics file, or a table of fields that
         replace those of its `preset`.
     prompt, prompt_file: the text to continue, or the file that holds it.
+    special: whether special tokens written out in the text become single tokens.
     temperature, top_k, top_p, min_p, seed: sampling; temperature 0 is greedy.
     context: most tokens, prompt and answer together, that the cache holds; as many as the request needs if not given.
     max_new_tokens: most tokens to generate.
+    stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     """
 
@@ -37,6 +40,7 @@ class RunConfig:
     numerics: Numerics = dataclasses.field(default_factory=lambda: load_numerics("strict"))
     prompt: str | None = None
     prompt_file: Path | None = None
+    special: bool = False
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -44,27 +48,41 @@ class RunConfig:
     seed: int = 0
     context: int | None = None
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are both given; remove one")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed = {self.seed}, expected 0 to 2^64 - 1")
+        if self.max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens = {self.max_new_tokens}, expected at least 0")
+        if not all(self.stop):
+            raise ConfigError(f"stop = {list(self.stop)}, expected strings that are not empty")
+        if not all(0 <= token < 1 << 31 for token in self.stop_ids or ()):
+            raise ConfigError(f"stop_ids = {list(self.stop_ids or ())}, expected token ids")
 
     @staticmethod
     def from_toml(text: str, directory: Path) -> RunConfig:
         """Parses a run file; relative paths in it start at `directory`.
 
-        Raises `ConfigError` for a document that is not TOML, an unknown key (naming the nearest known one) or a value
-        of the wrong type.
+        A numerics file, such as a copy of `configs/strict.toml`, counts as a run with these numerics. Raises
+        `ConfigError` for a document that is not TOML, an unknown key (saying what may be meant) or a value of the wrong
+        type.
         """
         table = _parse(text)
-        _check_keys(table, {*_PLAIN, *_TABLES, "numerics"}, "run file")
+        if table.keys() & _NUMERICS and not table.keys() & _TOP:
+            return RunConfig(numerics=Numerics.from_mapping(table))
+        _check_keys(table, _TOP, "", {"[numerics]": _NUMERICS} | {f"[{name}]": keys for name, keys in _TABLES.items()})
         values = {name: value for name, value in table.items() if name in _PLAIN}
         for name, keys in _TABLES.items():
             section = table.get(name, {})
             if not isinstance(section, Mapping):
                 raise ConfigError(f"{name} = {section!r}, expected a table [{name}]")
-            _check_keys(section, keys, f"[{name}]")
+            others = {f"[{other}]": known for other, known in _TABLES.items() if other != name}
+            _check_keys(section, keys, f"[{name}]: ", others | {"the top level": _TOP})
             values |= section
         values = {name: _typed(name, value) for name, value in values.items()}
         for name in _PATHS & set(values):
@@ -75,11 +93,16 @@ class RunConfig:
 
     @staticmethod
     def read(name_or_path: str) -> RunConfig:
-        """The run that a run file describes, or the default run with a numerics preset given by name."""
+        """The run that a run file describes, or the default run with numerics given by a preset's name or a file.
+
+        Raises `ConfigError` as `from_toml` does, naming the file.
+        """
         if name_or_path in PRESETS:
             return RunConfig(numerics=load_numerics(name_or_path))
         path = Path(name_or_path)
-        return RunConfig.from_toml(_read(path, f"a run file or one of {', '.join(PRESETS)}"), path.parent)
+        text = _read(path, f"a run file or one of {', '.join(PRESETS)}")
+        with _naming(path):
+            return RunConfig.from_toml(text, path.parent)
 
     def override(self, **changes: Any) -> RunConfig:
         """A copy with every field replaced whose new value is not None; a new prompt replaces both kinds of prompt."""
@@ -94,12 +117,19 @@ class RunConfig:
 
 
 _PATHS = {"model", "mtp", "prompt_file"}
-_PLAIN = {"prompt", *_PATHS}
+_PLAIN = {"prompt", "special", *_PATHS}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
-    "limits": {"context", "max_new_tokens", "chunk"},
+    "limits": {"context", "max_new_tokens", "stop", "stop_ids", "chunk"},
 }
-_FLOATS = {"temperature", "top_p", "min_p"}
+_TOP = {*_PLAIN, *_TABLES, "numerics"}
+_NUMERICS = {field.name for field in dataclasses.fields(Numerics)}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("prompt", *_PATHS), str),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+    "special": bool,
+}
+_LISTS: dict[str, type] = {"stop": str, "stop_ids": int}
 
 
 def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numerics:
@@ -109,7 +139,10 @@ def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numeric
     """
     if name_or_path in PRESETS:
         return Numerics.from_toml((configs() / f"{name_or_path}.toml").read_text())
-    return Numerics.from_toml(_read(directory / name_or_path, f"a numerics file or one of {', '.join(PRESETS)}"))
+    path = directory / name_or_path
+    text = _read(path, f"a numerics file or one of {', '.join(PRESETS)}")
+    with _naming(path):
+        return Numerics.from_toml(text)
 
 
 def change_numerics(numerics: Numerics, changes: Mapping[str, Any]) -> Numerics:
@@ -119,13 +152,13 @@ def change_numerics(numerics: Numerics, changes: Mapping[str, Any]) -> Numerics:
     """
     table = {field.name: getattr(numerics, field.name) for field in dataclasses.fields(Numerics)}
     table |= {"impl": dict(numerics.impl), "xla": dict(numerics.xla)}
-    _check_keys(changes, table, "numerics")
+    _check_keys(changes, table, "numerics: ")
     for name, value in changes.items():
         if name in ("impl", "xla"):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"numerics: {name} = {value!r}, expected a table")
             if name == "impl":
-                _check_keys(value, table["impl"], "numerics.impl")
+                _check_keys(value, table["impl"], "numerics.impl: ")
             table[name] = {**table[name], **value}
         else:
             table[name] = value
@@ -140,7 +173,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(f"{key} = {value}")
     except tomllib.TOMLDecodeError:
-        return _parse(f'{key} = "{value}"')
+        with _naming(f"{text!r}, expected FIELD=VALUE"):
+            return _parse(f'{key} = "{value}"')
 
 
 def configs() -> Traversable:
@@ -171,6 +205,15 @@ def _read(path: Path, what: str) -> str:
         raise ConfigError(f"{path}: expected {what}: {reason}") from error
 
 
+@contextlib.contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Puts the source of a configuration before what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
@@ -178,18 +221,38 @@ def _parse(text: str) -> dict[str, Any]:
         raise ConfigError(f"not a TOML document: {error}") from error
 
 
-def _check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
+def _check_keys(
+    table: Mapping[str, Any], known: Collection[str], where: str, others: Mapping[str, Collection[str]] = {}
+) -> None:
+    """Refuses keys that are not known; `others` are the keys of other places, by the place's name."""
     for key in table:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{where}: unknown key {key!r}; the nearest known key is {nearest!r}")
+            raise ConfigError(f"{where}unknown key {key!r}; {_advice(key, known, others)}")
+
+
+def _advice(key: str, known: Collection[str], others: Mapping[str, Collection[str]]) -> str:
+    """What somebody who wrote an unknown key may have meant."""
+    for place, keys in others.items():
+        if key in keys:
+            return f"it belongs in {place}"
+    if nearest := difflib.get_close_matches(key, known, n=1):
+        return f"the nearest known key is {nearest[0]!r}"
+    for place, keys in others.items():
+        if nearest := difflib.get_close_matches(key, keys, n=1):
+            return f"the nearest known key is {nearest[0]!r} in {place}"
+    return f"known keys are {', '.join(sorted(known))}"
 
 
 def _typed(name: str, value: Any) -> Any:
     """Checks the type of a value of a run file; whole numbers may stand for floats."""
-    expected = str if name in _PLAIN else float if name in _FLOATS else int
+    if name in _LISTS:
+        entry = _LISTS[name]
+        if type(value) is not list or not all(type(one) is entry for one in value):
+            raise ConfigError(f"{name} = {value!r}, expected a list of {entry.__name__}")
+        return tuple(value)
+    expected = _TYPES.get(name, int)
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
-        raise ConfigError(f"run file: {name} = {value!r}, expected {expected.__name__}")
+        raise ConfigError(f"{name} = {value!r}, expected {expected.__name__}")
     return value

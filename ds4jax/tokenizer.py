@@ -26,12 +26,13 @@ _MODEL = "gpt2"
 _PRE = ("joyai-llm", "deepseek-v3")  # two names of one splitter
 
 # Each pattern cuts every piece that the one before it left; what lies between matches is a piece too.
-_SPLITS = (
+SPLITS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     r"""|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
+"""Patterns that cut text before the merges, applied in turn."""
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -60,7 +61,7 @@ class Tokenizer:
         _check_vocabulary(vocabulary, tokens, types)
         # Ordinary text cannot reach an added token: no merge produces one.
         self._bpe = tokenizers.Tokenizer(_bpe_model(vocabulary, merges))
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )

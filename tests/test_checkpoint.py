@@ -27,6 +27,7 @@ from gguf_variants import (
     nextn,
     same_params,
     tensors_of,
+    with_metadata,
     without_tensors,
     write,
 )
@@ -369,7 +370,7 @@ def test_wrong_shape_or_type(name, kind, shape, message):
     file = open_gguf(F32)
     tensors = dict(file.tensors)
     tensors[name] = dataclasses.replace(tensors[name], format=kind, shape=shape)
-    with pytest.raises(CheckpointError, match=re.escape(f"{name}: {message}")):
+    with pytest.raises(CheckpointError, match=re.escape(f".gguf: {name}: {message}")):
         load(dataclasses.replace(file, tensors=tensors))
 
 
@@ -432,7 +433,10 @@ def test_describe():
     assert description.config == read_config(main, mtp) and description.config.has_mtp
     assert description.name == "ds4jax oracle tiny q"
     assert description.paths == (Q, Q_MTP)
-    assert [context for _, context in asked] == [4096, 65536, 1048576]
+    assert [context for _, context in asked] == [1024]  # the longest that the model allows
+    for longest, contexts in ((4096, [4096]), (5000, [4096, 5000]), (1048576, [4096, 65536, 1048576])):
+        description = describe(with_metadata(Q, context_length=longest), mtp, cache_nbytes)
+        assert sorted({fit.context for fit in description.fits}) == contexts
     fits = {(fit.card, fit.context): fit.left_bytes for fit in description.fits}
     assert len(fits) == 9
     assert fits[80, 4096] == (80 << 30) - (2 << 30) - census.device_bytes - (4096 << 20)

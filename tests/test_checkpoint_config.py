@@ -149,6 +149,15 @@ def test_clamps():
         ({"rope__freq_base": "x"}, "freq_base: expected a number, file has 'x'"),
         ({"attention__compress_ratios": [0, 0, 4]}, "compress_ratios: expected at least 7 numbers"),
         ({"swiglu_clamp_exp": [1.0] * 3 + [2.0]}, "swiglu_clamp_exp: expected a number or at least 7"),
+        ({"rope__dimension_count": 31}, "tiny-f32.gguf: rotary size 31 is odd; the metadata contradict each other"),
+        (
+            {"attention__output_group_count": 0},
+            "tiny-f32.gguf: deepseek4.attention.output_group_count: expected at least 1",
+        ),
+        (
+            {"attention__compress_ratios": "x"},
+            "tiny-f32.gguf: deepseek4.attention.compress_ratios: expected at least 7",
+        ),
         ({"block_count": 9}, "block_count: file says 9, but has blocks 0 to 6"),
     ],
 )

@@ -68,7 +68,7 @@ def test_split_files_join_from_any_part(tmp_path):
     [
         (b"", "found 0 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        (b"<!doctype html>", "found a file starting with b'<!do'"),
+        (b"<!doctype html>", "found a file starting with b'<!do'; name a model in GGUF format"),
         (b"GGUF\x01\0\0\0" + b"\0" * 8, "found version 1"),
         (b"GGUF\0\0\0\x03" + b"\0" * 16, "found big-endian"),
         (b"GGUF\x03\0\0\0", "the header needs byte 16, the file has 8"),
@@ -83,8 +83,10 @@ def test_what_is_not_a_gguf(tmp_path, content, message):
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="no such file; check its name and folder"):
         open_gguf(tmp_path / "absent.gguf")
+    with pytest.raises(CheckpointError, match="expected a GGUF file, found a directory"):
+        open_gguf(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +129,10 @@ def test_rows_that_blocks_do_not_divide(tmp_path):
     data = path.read_bytes()
     at = data.index(b"odd", data.index(b"general.architecture") + 40) + 3 + 4 + 16
     path.write_bytes(data[:at] + np.uint32(8).tobytes() + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"odd: Q8_0 rows need a multiple of 32 values, file has \[2, 33\]"):
+    with pytest.raises(
+        CheckpointError, match=r"odd\.gguf: odd: Q8_0 rows need a multiple of 32 values, file has \[2, 33\]"
+    ):
         open_gguf(path)
     path.write_bytes(data[:at] + np.uint32(99).tobytes() + data[at + 4 :])
-    with pytest.raises(CheckpointError, match="odd has GGML type 99"):
+    with pytest.raises(CheckpointError, match=r"odd\.gguf: odd has GGML type 99, which is not known; get another"):
         open_gguf(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def ok(*arguments: object, stdin: bytes | None = None) -> Result:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replaces the engine by one that notes what it is asked for and answers at once."""
-    seen = SimpleNamespace()
+    seen = SimpleNamespace(finish="stop")
     stats = Stats(3, 2, 0.0, 0.0, 0.5, 0.5, steps=1, drafted=(), accepted=())
 
     class Stream:
@@ -53,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return iter(["fresh ", "text"])
 
         def result(self):
-            return SimpleNamespace(stats=stats, finish="length")
+            return SimpleNamespace(stats=stats, finish=seen.finish)
 
     class Engine:
         load_seconds = 0.25
@@ -76,10 +77,11 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         model = "m.gguf"
         mtp = "mtp.gguf"
         prompt = "Es war einmal"
+        special = true
         numerics.preset = "perf"
         numerics.act = "f32"
         sampling = {temperature = 0.5, top_k = 4, top_p = 0.75, min_p = 0.25, seed = 9}
-        limits = {context = 99, max_new_tokens = 7, chunk = 5}
+        limits = {context = 99, max_new_tokens = 7, stop = ["\\n\\n", "The end"], stop_ids = [1, 5], chunk = 5}
         """
     )
     result = ok("generate", "--config", tmp_path / "run.toml")
@@ -94,18 +96,22 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 9,
         "max_new_tokens": 7,
-        "parse_special": False,
+        "stop": ("\n\n", "The end"),
+        "stop_ids": (1, 5),
+        "parse_special": True,
     }
 
 
 def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNamespace) -> None:
     (tmp_path / "run.toml").write_text(
-        'model = "m"\nmtp = "t"\nprompt = "p"\nsampling = {temperature = 9, seed = 9}\nlimits = {context = 9}'
+        'model = "m"\nmtp = "t"\nprompt = "p"\nspecial = true\n'
+        'sampling = {temperature = 9, seed = 9}\nlimits = {context = 9, stop = ["a"], stop_ids = [9]}'
     )
     (tmp_path / "text").write_text("from a file")
     flags = ("-m", "x", "--mtp", "y", "--prompt-file", tmp_path / "text", "-N", "perf", "-N", "sim_kv=false")
     numbers = ("-t", 0.5, "--top-k", 4, "--top-p", 0.75, "--min-p", 0.25, "--seed", 0, "-n", 7)
-    ok("generate", "-c", tmp_path / "run.toml", *flags, *numbers, "--context", 99, "--chunk", 5, "--special")
+    stops = ("--stop", "x", "--stop", "y z", "--stop-id", 3, "--stop-id", 4)
+    ok("generate", "-c", tmp_path / "run.toml", *flags, *numbers, *stops, "--context", 99, "--chunk", 5, "--no-special")
     assert asked.prompt == "from a file"
     assert asked.path == Path("x")
     load = asked.load
@@ -115,7 +121,9 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 0,
         "max_new_tokens": 7,
-        "parse_special": True,
+        "stop": ("x", "y z"),
+        "stop_ids": (3, 4),
+        "parse_special": False,
     }
 
 
@@ -138,6 +146,25 @@ def test_stats_go_to_stderr(asked: SimpleNamespace) -> None:
     assert ok("generate", "-p", "a").stderr == ""
 
 
+def test_an_answer_that_the_context_clips(asked: SimpleNamespace) -> None:
+    asked.finish = "length"
+    assert ok("generate", "-p", "a", "-n", 2).stderr == ""
+    clipped = ok("generate", "-p", "a", "-n", 3)
+    assert clipped.stderr == "ds4jax: clipped after 2 of 3 new tokens: the context of 5 is full\n"
+    asked.finish = "stop"
+    assert ok("generate", "-p", "a", "-n", 3).stderr == ""
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [("-t", -1), ("--top-p", 2), ("-n", -1), ("--seed", -1), ("--stop", ""), ("--stop-id", -1), ("-N", "xla.foo=true")],
+    ids=lambda bad: bad[0],
+)
+def test_bad_options_are_found_before_loading(bad: tuple[object, ...], asked: SimpleNamespace) -> None:
+    assert run("generate", "-p", "a", *bad).exit_code == 2
+    assert not hasattr(asked, "path")
+
+
 def test_generate_with_a_real_model() -> None:
     arguments = ("-m", MODEL, *SMALL, "-n", 12, "--seed", 3, "-t", 0.8)
     whole = ok("generate", *arguments, "-p", "the cat", "--stats")
@@ -147,6 +174,8 @@ def test_generate_with_a_real_model() -> None:
     loaded = engine.load(MODEL, numerics="perf", context=64, chunk=16)
     answer = loaded.generate("the cat", sampling=Sampling(temperature=0.8), seed=3, max_new_tokens=12)
     assert whole.stdout == answer.text + "\n"
+    stop, *_ = answer.text[3:]
+    assert ok("generate", *arguments, "-p", "the cat", "--stop", stop).stdout == answer.text.split(stop)[0] + "\n"
 
 
 def test_logprobs_with_a_real_model() -> None:
@@ -181,18 +210,36 @@ def test_info() -> None:
         r"window +│ router +│ 2.5 +│ 2.5 +│ MTP ",
         r"I32 +│ 3 ",
         r"on the device +│ +│ \d",
-        r"65536 +│ [\d.]+ MiB +│ 7\d.\d GiB ",
+        r"1024 +│ [\d.]+ \wiB +│ 7\d.\d GiB ",
     ):
         assert re.search(row, shown), (row, shown)
+    assert "4096" not in shown  # the model's longest context is 1024
+    plain = ok("info", MODEL, "--numerics", "perf")
+    assert ok("info", "-m", MODEL, "--numerics", "perf").stdout == plain.stdout
+
+
+@pytest.mark.parametrize("preset", ["strict", "perf"])
+def test_info_counts_the_cache_that_loading_makes_room_for(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("ds4jax.model.cache.cache_nbytes", lambda *arguments: asked.append(arguments) or 1 << 20)
+    monkeypatch.setattr(engine, "cache_nbytes", lambda *arguments: asked.append(arguments) or 1 << 20)
+    ok("info", MODEL, "-c", preset)
+    engine.load(MODEL, numerics=preset, context=1024)
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "-m", "no.gguf", "-p", "a"), "no.gguf: no such file"),
+        (("generate", "-m", "no.gguf", "-p", "a"), "no.gguf: no such file; check its name"),
         (("generate", "-m", Path(__file__), "-p", "a"), "test_cli.py: expected a GGUF file"),
         (("generate", "-c", "quick", "-p", "a"), "quick: expected a run file or one of strict, perf"),
         (("generate", "-N", "act", "-p", "a"), "act: expected a numerics file or one of strict, perf"),
+        (("generate", "-N", "xla.foo=true", "-p", "a"), "xla: No such compile option: 'foo'; remove or correct it"),
+        (("generate", "-N", "sim_kv=0", "-p", "a"), "sim_kv = 0, expected one of True, False"),
+        (("info", ORACLE), "oracle: expected a GGUF file, found a directory"),
+        (("info", MODEL, "-m", MODEL), "two model files given"),
         (("generate", "-N", "atc=f32", "-p", "a"), "unknown key 'atc'; the nearest known key is 'act'"),
         (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
         (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
@@ -256,3 +303,26 @@ def test_public_names() -> None:
     assert set(ds4jax.__all__) <= set(dir(ds4jax))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ds4jax.lode
+
+
+def test_setup_installs_once(tmp_path: Path) -> None:
+    """With the package there, with whatever extras, nothing is installed again until `pyproject.toml` changes."""
+    shutil.copytree(Path(__file__).parent.parent / "bin", tmp_path / "bin")
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    for program in ("pip", "python"):
+        (venv / "bin" / program).write_text('#!/bin/sh\necho "$@"\n')
+        (venv / "bin" / program).chmod(0o755)
+
+    def setup(*extras: str) -> str:
+        done = subprocess.run([tmp_path / "bin" / "setup", *extras], capture_output=True, text=True, check=True)
+        return done.stderr
+
+    (tmp_path / "pyproject.toml").write_text("one")
+    assert "--editable .[dev]\n" in setup("dev")
+    assert setup("dev") == setup() == ""
+    assert "--editable .[cuda12]\n" in setup("cuda12")
+    (tmp_path / "pyproject.toml").write_text("two")
+    assert "--editable .\n" in setup()
+    assert setup() == ""
+    assert "--editable .[dev]\n" in setup("dev")

@@ -26,7 +26,6 @@ def test_what_perf_relaxes() -> None:
     print("\n".join(f"{name}: strict {a!r}, perf {b!r}" for name, (a, b) in difference.items()))
     assert difference == {
         "rows": ("loop", "batch"),
-        "precision": ("highest", "default"),
         "xla.xla_gpu_deterministic_ops": (True, False),
     }
 
@@ -56,6 +55,12 @@ def test_lookup() -> None:
     ("old", "new", "message"),
     [
         ('rows = "loop"', 'rows = "one"', "rows = 'one', expected one of loop, batch"),
+        ("sim_kv = true", "sim_kv = 1", "sim_kv = 1, expected one of True, False"),
+        (
+            "deterministic_ops = true",
+            "deterministic_ops = [1]",
+            r"xla_gpu_deterministic_ops = \[1\], expected true, false",
+        ),
         ('act = "q8"', 'act = "int8"', "act = 'int8', expected one of q8, f32"),
         ('cache = "f16"', 'cache = "bf16"', "cache = 'bf16', expected one of f32, f16"),
         ('precision = "highest"', 'precision = "low"', "precision = 'low', expected one of highest, default"),

@@ -1,6 +1,7 @@
 """Run files: everything a run needs, nothing unknown, and flags on top."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ WHOLE = """
 model = "models/trunk.gguf"
 mtp = "/models/mtp.gguf"
 prompt_file = "prompt.txt"
+special = true
 
 [numerics]
 preset = "perf"
@@ -31,6 +33,8 @@ seed = 7
 [limits]
 context = 4096
 max_new_tokens = 12
+stop = ["\\n\\n", "The end"]
+stop_ids = [1, 5]
 chunk = 64
 """
 
@@ -46,6 +50,7 @@ def test_whole_run(tmp_path: Path) -> None:
             PERF, {"act": "f32", "impl": {"linear": "pallas"}, "xla": {"xla_gpu_autotune_level": 0}}
         ),
         prompt_file=tmp_path / "prompt.txt",
+        special=True,
         temperature=1.0,
         top_k=40,
         top_p=0.9,
@@ -53,6 +58,8 @@ def test_whole_run(tmp_path: Path) -> None:
         seed=7,
         context=4096,
         max_new_tokens=12,
+        stop=("\n\n", "The end"),
+        stop_ids=(1, 5),
         chunk=64,
     )
     assert type(run.temperature) is float
@@ -77,6 +84,7 @@ def test_the_example_in_the_readme() -> None:
         seed=1,
         context=4096,
         max_new_tokens=200,
+        stop=("The end",),
     )
 
 
@@ -97,6 +105,25 @@ def test_numerics_of_a_file(tmp_path: Path) -> None:
     assert RunConfig.from_toml("numerics.sim_kv = false", tmp_path).numerics == STRICT.replace(sim_kv=False)
 
 
+def test_a_numerics_file_is_a_run_with_these_numerics(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text((configs() / "strict.toml").read_text().replace('act = "q8"', 'act = "f32"'))
+    assert RunConfig.read(str(tmp_path / "mine.toml")) == RunConfig(numerics=STRICT.replace(act="f32"))
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    for text, message in (
+        ("modle = 1", "unknown key 'modle'"),
+        ("a b", "not a TOML document"),
+        ("[limits]\nseed = 1", r"\[limits\]"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {message}"):
+            RunConfig.read(str(path))
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: numerics keys: "):
+        load_numerics(path)
+
+
 def test_override() -> None:
     run = RunConfig(prompt="a", seed=3)
     assert run.override(temperature=None, seed=4) == RunConfig(prompt="a", seed=4)
@@ -110,8 +137,21 @@ def test_override() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle = 'x'", "run file: unknown key 'modle'; the nearest known key is 'model'"),
-        ("temperature = 1.0", "run file: unknown key 'temperature'"),
+        ("modle = 'x'", "^unknown key 'modle'; the nearest known key is 'model'"),
+        ("temperature = 1.0", r"^unknown key 'temperature'; it belongs in \[sampling\]$"),
+        ("temprature = 1.0", r"^unknown key 'temprature'; the nearest known key is 'temperature' in \[sampling\]$"),
+        ("prompt = 'a'\nact = 'q8'", r"^unknown key 'act'; it belongs in \[numerics\]$"),
+        ("[limits]\nseed = 1", r"^\[limits\]: unknown key 'seed'; it belongs in \[sampling\]$"),
+        ("[sampling]\nprompt = 'a'", r"^\[sampling\]: unknown key 'prompt'; it belongs in the top level$"),
+        ("[sampling]\nzzz = 1", r"unknown key 'zzz'; known keys are min_p, seed, temperature, top_k, top_p$"),
+        ("act = 'f32'", r"^numerics keys: missing \['cache'"),
+        ("[limits]\nstop = 'a'", "stop = 'a', expected a list of str"),
+        ("[limits]\nstop = ['']", "stop = .*, expected strings that are not empty"),
+        ("[limits]\nstop_ids = [true]", r"stop_ids = \[True\], expected a list of int"),
+        ("[limits]\nstop_ids = [-1]", r"stop_ids = \[-1\], expected token ids"),
+        ("[limits]\nmax_new_tokens = -1", "max_new_tokens = -1, expected at least 0"),
+        ("[sampling]\nseed = -1", r"seed = -1, expected 0 to 2\^64 - 1"),
+        ("special = 1", "special = 1, expected bool"),
         (
             "[sampling]\ntemprature = 1",
             r"\[sampling\]: unknown key 'temprature'; the nearest known key is 'temperature'",

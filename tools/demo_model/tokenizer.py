@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
-from ds4jax.tokenizer import _SPLITS
+from ds4jax.tokenizer import SPLITS
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # GGUF token types
 
@@ -43,7 +43,7 @@ def train_tokenizer(documents: Iterable[str], size: int) -> dict[str, Any]:
     Raises ValueError if the documents are too short for so many merges.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

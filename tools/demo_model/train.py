@@ -1,6 +1,6 @@
 """Trains the demonstration model and writes its GGUF.
 
-    python -m tools.demo_model.train --data build/demo --out build/demo/run --steps 9000
+    python -m tools.demo_model.train --data build/demo --out build/demo/run
 
 Stops after `--minutes` with a checkpoint and goes on from it when called again. The last part of the training is
 quantisation-aware: experts, projections and head take the values that their GGUF types can hold.
