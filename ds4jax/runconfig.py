@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ds4jax.config import Numerics
+from ds4jax.config import DRAFT_COST, Numerics
 from ds4jax.errors import ConfigError
 
 PRESETS = ("strict", "perf")
@@ -30,6 +30,8 @@ class RunConfig:
     context: most tokens, prompt and answer together, that the cache holds; as many as the request needs if not given.
     max_new_tokens: most tokens to generate.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
+    speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
+    draft_cost: for "auto", time of a draft and of its row in the trunk, as a share of a step without drafts.
     """
 
     model: Path | None = None
@@ -45,6 +47,8 @@ class RunConfig:
     context: int | None = None
     max_new_tokens: int = 256
     chunk: int | None = None
+    speculative: str | int = "off"
+    draft_cost: float = DRAFT_COST
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
@@ -94,12 +98,12 @@ class RunConfig:
 
 
 _PATHS = {"model", "mtp", "prompt_file"}
-_PLAIN = {"prompt", *_PATHS}
+_PLAIN = {"prompt", *_PATHS, "speculative", "draft_cost"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
     "limits": {"context", "max_new_tokens", "chunk"},
 }
-_FLOATS = {"temperature", "top_p", "min_p"}
+_FLOATS = {"temperature", "top_p", "min_p", "draft_cost"}
 
 
 def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numerics:
@@ -187,9 +191,12 @@ def _check_keys(table: Mapping[str, Any], known: Collection[str], where: str) ->
 
 def _typed(name: str, value: Any) -> Any:
     """Checks the type of a value of a run file; whole numbers may stand for floats."""
-    expected = str if name in _PLAIN else float if name in _FLOATS else int
-    if expected is float and type(value) is int:
+    allowed: tuple[type, ...] = (float,) if name in _FLOATS else (str,) if name in _PLAIN else (int,)
+    if name == "speculative":
+        allowed = (str, int)
+    if name in _FLOATS and type(value) is int:
         return float(value)
-    if type(value) is not expected:
-        raise ConfigError(f"run file: {name} = {value!r}, expected {expected.__name__}")
+    if type(value) not in allowed:
+        words = " or ".join(kind.__name__ for kind in allowed)
+        raise ConfigError(f"run file: {name} = {value!r}, expected {words}")
     return value

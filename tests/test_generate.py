@@ -326,11 +326,9 @@ def test_context_bounds_prompt_and_answer_together():
         generate(TABLE, PROMPT, max_new_tokens=14)
 
 
-def test_build_is_cached_and_speculation_is_refused():
+def test_build_is_cached_and_limits_are_checked():
     config = table_config()
     assert build_generate(config, QUICK, LIMITS) is build_generate(config, QUICK, LIMITS)
-    with pytest.raises(ConfigError, match="not available yet"):
-        build_generate(config, QUICK, LIMITS, speculative="auto")
     with pytest.raises(ConfigError, match="prompt"):
         Limits(1, 0, 5)
     with pytest.raises(ConfigError, match="context"):
