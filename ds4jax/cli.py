@@ -63,6 +63,16 @@ Special = Annotated[
     typer.Option("--special/--no-special", help="Special tokens written out in the text become single tokens."),
 ]
 Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
+Speculative = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block; the text is the same."
+    ),
+]
+DraftCost = Annotated[
+    float | None,
+    typer.Option("--draft-cost", help="For auto: time of a draft and its row as a share of a step without drafts."),
+]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
 
 
@@ -105,6 +115,8 @@ def generate(
     ] = None,
     context: Context = None,
     chunk: Chunk = None,
+    speculative: Speculative = None,
+    draft_cost: DraftCost = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
 ) -> None:
     """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
@@ -120,6 +132,8 @@ def generate(
         special=special,
         context=context,
         chunk=chunk,
+        speculative=speculative,
+        draft_cost=draft_cost,
     )
     text = _text(run)
     options = _options(run)
@@ -286,6 +300,8 @@ def _engine(run: RunConfig) -> Engine:
             numerics=run.numerics,
             context=run.context,
             chunk=run.chunk,
+            speculative=run.speculative,
+            draft_cost=run.draft_cost,
             progress=lambda done, total, _: bar.update(task, completed=done, total=total),
         )
 
@@ -319,10 +335,13 @@ def _say_if_clipped(result: Result, wanted: int) -> None:
 
 def _show_stats(engine: Engine, result: Result) -> None:
     s = result.stats
-    rows = (
+    rows = [
         f"load {engine.load_seconds:.2f} s, trace {s.trace_seconds:.2f} s, compile {s.compile_seconds:.2f} s",
         f"prompt {s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s ({s.prefill_rate:.1f} tokens/s)",
         f"answer {s.new_tokens} tokens in {s.decode_seconds:.2f} s ({s.decode_rate:.1f} tokens/s), "
         f"{s.steps} steps, finish: {result.finish}",
-    )
+    ]
+    if s.drafted:
+        depths = (f"{a}/{d} ({a / d:.0%})" if d else "0/0" for a, d in zip(s.accepted, s.drafted, strict=True))
+        rows.append(f"drafts accepted by depth {', '.join(depths)}; {s.tokens_per_step:.2f} tokens per step")
     typer.echo("\n".join(rows), err=True)

@@ -21,7 +21,7 @@ class Stats:
 
     trace_seconds, compile_seconds: preparing the programs; 0 if they were ready.
     prefill_seconds: until the first token. decode_seconds: from there to the end.
-    steps: steps that this sequence took part in. drafted, accepted: drafts by depth.
+    steps: steps that this sequence took part in. drafted, accepted: its drafts by depth, and those that became tokens.
     """
 
     prompt_tokens: int
@@ -38,6 +38,11 @@ class Stats:
     def prefill_rate(self) -> float:
         """Prompt tokens per second; 0 if nothing was waited for."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens per step after the first token; 0 if there are no steps."""
+        return 1 + sum(self.accepted) / self.steps if self.steps else 0.0
 
     @property
     def decode_rate(self) -> float:
@@ -158,7 +163,7 @@ class Run:
         """The answers, whole or, if the bursts have been cancelled, as far as they have come."""
         lengths, seen = np.asarray(self._request.lengths), self._seen
         scores, steps = np.asarray(seen.logprobs), np.asarray(seen.steps)
-        drafted, accepted = (tuple(np.asarray(counts).tolist()) for counts in (seen.drafted, seen.accepted))
+        drafted, accepted = np.asarray(seen.drafted), np.asarray(seen.accepted)
         results = []
         for b, answer in enumerate(self._answers):
             answer.end("cancelled")
@@ -172,8 +177,8 @@ class Run:
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
                 steps=int(steps[b]),
-                drafted=drafted,
-                accepted=accepted,
+                drafted=tuple(drafted[b].tolist()),
+                accepted=tuple(accepted[b].tolist()),
             )
             kept = scores[b, :count].copy() if logprobs else None
             results.append(Result(answer.text, answer.tokens, answer.finish, kept, stats))

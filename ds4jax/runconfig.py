@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ds4jax.config import Numerics
+from ds4jax.config import DRAFT_COST, Numerics
 from ds4jax.errors import ConfigError
 
 PRESETS = ("strict", "perf")
@@ -33,6 +33,8 @@ class RunConfig:
     max_new_tokens: most tokens to generate.
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
+    speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
+    draft_cost: for "auto", time of a draft and of its row in the trunk, as a share of a step without drafts.
     """
 
     model: Path | None = None
@@ -51,6 +53,8 @@ class RunConfig:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
+    speculative: str | int = "off"
+    draft_cost: float = DRAFT_COST
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
@@ -117,7 +121,7 @@ class RunConfig:
 
 
 _PATHS = {"model", "mtp", "prompt_file"}
-_PLAIN = {"prompt", "special", *_PATHS}
+_PLAIN = {"prompt", "special", *_PATHS, "speculative", "draft_cost"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
     "limits": {"context", "max_new_tokens", "stop", "stop_ids", "chunk"},
@@ -126,7 +130,7 @@ _TOP = {*_PLAIN, *_TABLES, "numerics"}
 _NUMERICS = {field.name for field in dataclasses.fields(Numerics)}
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("prompt", *_PATHS), str),
-    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "draft_cost"), float),
     "special": bool,
 }
 _LISTS: dict[str, type] = {"stop": str, "stop_ids": int}
@@ -250,6 +254,10 @@ def _typed(name: str, value: Any) -> Any:
         if type(value) is not list or not all(type(one) is entry for one in value):
             raise ConfigError(f"{name} = {value!r}, expected a list of {entry.__name__}")
         return tuple(value)
+    if name == "speculative":
+        if type(value) not in (str, int):
+            raise ConfigError(f'speculative = {value!r}, expected "off", "auto" or a number')
+        return value
     expected = _TYPES.get(name, int)
     if expected is float and type(value) is int:
         return float(value)

@@ -41,7 +41,7 @@ def ok(*arguments: object, stdin: bytes | None = None) -> Result:
 def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replaces the engine by one that notes what it is asked for and answers at once."""
     seen = SimpleNamespace(finish="stop")
-    stats = Stats(3, 2, 0.0, 0.0, 0.5, 0.5, steps=1, drafted=(), accepted=())
+    stats = Stats(3, 2, 0.0, 0.0, 0.5, 0.5, steps=1, drafted=(4, 0), accepted=(3, 0))
 
     class Stream:
         def __enter__(self):
@@ -78,6 +78,8 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         mtp = "mtp.gguf"
         prompt = "Es war einmal"
         special = true
+        speculative = 2
+        draft_cost = 0.5
         numerics.preset = "perf"
         numerics.act = "f32"
         sampling = {temperature = 0.5, top_k = 4, top_p = 0.75, min_p = 0.25, seed = 9}
@@ -92,6 +94,7 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (tmp_path / "mtp.gguf", 99, 5)
     assert load["numerics"] == PERF.replace(act="f32")
+    assert (load["speculative"], load["draft_cost"]) == (2, 0.5)
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 9,
@@ -111,12 +114,27 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
     flags = ("-m", "x", "--mtp", "y", "--prompt-file", tmp_path / "text", "-N", "perf", "-N", "sim_kv=false")
     numbers = ("-t", 0.5, "--top-k", 4, "--top-p", 0.75, "--min-p", 0.25, "--seed", 0, "-n", 7)
     stops = ("--stop", "x", "--stop", "y z", "--stop-id", 3, "--stop-id", 4)
-    ok("generate", "-c", tmp_path / "run.toml", *flags, *numbers, *stops, "--context", 99, "--chunk", 5, "--no-special")
+    drafts = ("--speculative", "auto", "--draft-cost", 0.5)
+    ok(
+        "generate",
+        "-c",
+        tmp_path / "run.toml",
+        *flags,
+        *numbers,
+        *stops,
+        "--context",
+        99,
+        "--chunk",
+        5,
+        "--no-special",
+        *drafts,
+    )
     assert asked.prompt == "from a file"
     assert asked.path == Path("x")
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (Path("y"), 99, 5)
     assert load["numerics"] == PERF.replace(sim_kv=False)
+    assert (load["speculative"], load["draft_cost"]) == ("auto", 0.5)
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 0,
@@ -143,6 +161,7 @@ def test_stats_go_to_stderr(asked: SimpleNamespace) -> None:
     assert result.stdout == "fresh text\n"
     assert "load 0.25 s" in result.stderr
     assert "prompt 3 tokens in 0.50 s (6.0 tokens/s)" in result.stderr
+    assert "drafts accepted by depth 3/4 (75%), 0/0; 4.00 tokens per step" in result.stderr
     assert ok("generate", "-p", "a").stderr == ""
 
 
@@ -241,6 +260,8 @@ def test_info_counts_the_cache_that_loading_makes_room_for(preset: str, monkeypa
         (("info", ORACLE), "oracle: expected a GGUF file, found a directory"),
         (("info", MODEL, "-m", MODEL), "two model files given"),
         (("generate", "-N", "atc=f32", "-p", "a"), "unknown key 'atc'; the nearest known key is 'act'"),
+        (("generate", "-p", "a", "-m", MODEL, "--speculative", "2"), "speculation needs the MTP block"),
+        (("generate", "-p", "a", "--speculative", "5"), 'expected "off", "auto" or a number from 0 to 4'),
         (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
         (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
         (("logprobs", "-m", MODEL, "-p", "", *SMALL), "expected [T] with T from 2 to 64"),

@@ -69,7 +69,7 @@ def reciter() -> Any:
         max_position_embeddings=POSITIONS,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "build_generate", lambda c, n, limits: Generate(Script(c, n), limits))
+        patch.setattr(engine_module, "build_generate", lambda c, n, limits, *_: Generate(Script(c, n), limits))
         yield Engine(config, QUICK, table_of([]), TOKENIZER, chunk=16)
 
 
@@ -265,6 +265,10 @@ def test_load_refuses_what_cannot_work(monkeypatch, tmp_path):
         load(FILE, context=4096)
     with pytest.raises(ConfigError, match="chunk"):
         load(FILE, chunk=0)
+    with pytest.raises(ConfigError, match="MTP block"):
+        load(FILE, speculative=1)
+    with pytest.raises(ConfigError, match="speculative"):
+        load(FILE, speculative="always")
     with pytest.raises(ConfigError, match="numerics"):
         load(FILE, numerics=tmp_path / "none.toml")
     for change, words in (

@@ -16,6 +16,8 @@ model = "models/trunk.gguf"
 mtp = "/models/mtp.gguf"
 prompt_file = "prompt.txt"
 special = true
+speculative = "auto"
+draft_cost = 1
 
 [numerics]
 preset = "perf"
@@ -61,11 +63,20 @@ def test_whole_run(tmp_path: Path) -> None:
         stop=("\n\n", "The end"),
         stop_ids=(1, 5),
         chunk=64,
+        speculative="auto",
+        draft_cost=1.0,
     )
     assert type(run.temperature) is float
     assert run.numerics.implementation("linear") == "pallas"
     assert run.numerics.implementation("router") == PERF.implementation("router")
     assert run.prompt_text() == "Es war einmal … "
+
+
+def test_drafts_are_a_number_or_a_word() -> None:
+    assert RunConfig.from_toml("speculative = 2", Path()).speculative == 2
+    assert RunConfig.from_toml('speculative = "off"', Path()).speculative == "off"
+    with pytest.raises(ConfigError, match="speculative = True, expected .off."):
+        RunConfig.from_toml("speculative = true", Path())
 
 
 def test_every_field_can_stand_in_a_file() -> None:

@@ -15,11 +15,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from ds4jax.config import ModelConfig, Numerics
+from ds4jax.config import DRAFT_COST, ModelConfig, Numerics
 from ds4jax.decode.sampling import GREEDY, Sampling
+from ds4jax.decode.speculation import PLAIN, Speculation
 from ds4jax.decode.state import DecodeState, Generation, Limits, Request
 from ds4jax.decode.steps import Steps
-from ds4jax.errors import ConfigError, RequestError
+from ds4jax.errors import RequestError
 from ds4jax.model.transformer import DeepSeekV4
 
 KEY_KIND = "threefry2x32"  # named, so that a seed means the same whatever JAX's default is
@@ -30,13 +31,14 @@ MOST_STOP_IDS = 16
 class Programs:
     """The programs of a generation in pieces: `begin`, then `burst` until all sequences are done.
 
+    chunk: prompt tokens that a sequence reads per step.
     start: makes the first state.
     read, run: `(params, request, state, most steps, halt) -> (state, what callers see of it)`, with the rows of a
         prompt chunk and of a step; one and the same where these are equal. The state given in is used up.
     trace_seconds, compile_seconds: what preparing them took, where that was done ahead.
     """
 
-    limits: Limits
+    chunk: int
     start: Any
     read: Any
     run: Any
@@ -45,8 +47,8 @@ class Programs:
 
     def begin(self, params: Any, request: Request) -> tuple[DecodeState, Generation]:
         """Reads all prompts and chooses the first token of each sequence (shorter ones may get some more)."""
-        steps = -(-int(np.max(np.asarray(request.lengths))) // self.limits.chunk)
-        nobody = jnp.asarray(np.zeros(self.limits.batch, bool))
+        steps = -(-int(np.max(np.asarray(request.lengths))) // self.chunk)
+        nobody = jnp.asarray(np.zeros(request.lengths.shape, bool))
         return self.read(params, request, self.start(), jnp.int32(steps), nobody)
 
     def burst(
@@ -63,14 +65,15 @@ class Generate:
     from `prepare`. Programs are compiled on first use, once per layout of the parameters, or ahead by `compile`.
     """
 
-    def __init__(self, model: DeepSeekV4, limits: Limits) -> None:
+    def __init__(self, model: DeepSeekV4, limits: Limits, speculation: Speculation = PLAIN) -> None:
+        """Raises `ConfigError` if there is to be speculation and the model has no MTP block."""
         self.config, self.limits = model.config, limits
-        self._steps = Steps(model, limits)
+        self._steps = Steps(model, limits, speculation.check(model.config))
         jit = functools.partial(jax.jit, compiler_options=model.numerics.compiler_options)
         self._whole = jit(self._generate)
-        start, rows = jit(self._steps.start), {self.limits.chunk, self._steps.rows}
-        advance = {n: jit(functools.partial(self._advance, n), donate_argnames="state") for n in rows}
-        self.programs = Programs(limits, start, advance[self.limits.chunk], advance[self._steps.rows])
+        start, chunk, rows = jit(self._steps.start), self._steps.chunk, self._steps.rows
+        advance = {n: jit(functools.partial(self._advance, n), donate_argnames="state") for n in {chunk, rows}}
+        self.programs = Programs(chunk, start, advance[chunk], advance[rows])
 
     def __call__(
         self,
@@ -154,7 +157,8 @@ class Generate:
     def compile(self, params: Any) -> Programs:
         """The programs compiled, side by side, before the first request."""
         begun = time.perf_counter()
-        start, read, run = self.programs.start, self.programs.read, self.programs.run
+        chunk, start = self.programs.chunk, self.programs.start
+        read, run = self.programs.read, self.programs.run
         request = self.prepare(np.zeros((self.limits.batch, 1), np.int32))
         nobody = jnp.asarray(np.zeros(self.limits.batch, bool))
         inputs = params, request, start(), jnp.int32(0), nobody
@@ -164,7 +168,7 @@ class Generate:
         with ThreadPoolExecutor() as pool:
             compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
         seconds = time.perf_counter() - traced
-        return Programs(self.limits, start, compiled[read], compiled[run], traced - begun, seconds)
+        return Programs(chunk, start, compiled[read], compiled[run], traced - begun, seconds)
 
     def _generate(self, params: Any, request: Request) -> Generation:
         """A whole generation."""
@@ -179,8 +183,8 @@ class Generate:
             return lambda state: self._steps.step(params, request, state, rows)
 
         state = self._steps.start()
-        if self._steps.rows != self.limits.chunk:
-            state = lax.while_loop(unread, step(self.limits.chunk), state)
+        if self._steps.rows != self._steps.chunk:
+            state = lax.while_loop(unread, step(self._steps.chunk), state)
         return Generation.of(lax.while_loop(unfinished, step(self._steps.rows), state))
 
     def _advance(
@@ -206,15 +210,24 @@ class Generate:
 
 
 @functools.cache
-def build_generate(config: ModelConfig, numerics: Numerics, limits: Limits, speculative: str = "off") -> Generate:
+def build_generate(
+    config: ModelConfig,
+    numerics: Numerics,
+    limits: Limits,
+    speculative: str | int = "off",
+    draft_cost: float = DRAFT_COST,
+) -> Generate:
     """The generation program for a model within limits; the same arguments give the same, already compiled, object.
 
+    Args:
+        speculative: "off", the number of tokens that every step drafts with the model's MTP block, or "auto": as many
+            as are worth their time.
+        draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts; for "auto".
+
     Raises:
-        ConfigError: `speculative` is anything but "off", plain decoding.
+        ConfigError: one of these is out of range, or the model has no MTP block to draft with.
     """
-    if speculative != "off":
-        raise ConfigError(f'speculative = "{speculative}" is not available yet; use "off"')
-    return Generate(DeepSeekV4(config, numerics), limits)
+    return Generate(DeepSeekV4(config, numerics), limits, Speculation.of(speculative, draft_cost))
 
 
 def _keys(key: Any, batch: int) -> jax.Array:

@@ -59,7 +59,7 @@ class Request:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """State between two steps; K is the most drafts per step.
+    """State between two steps; K is the most drafts per step, 0 without speculation.
 
     Once a prompt is read, the last token of its sequence has been chosen but not evaluated: the cache holds the prompt
     and all new tokens but that one.
@@ -73,7 +73,9 @@ class DecodeState:
     streams: streams of the last committed position `[B, H, D]`, from which a draft starts.
     cache: committed up to `cache.length`.
     steps: steps of each sequence after its prompt was read.
-    drafted, accepted: drafts made and accepted by depth, over all sequences.
+    drafted, accepted: drafts made by depth, and those of them that became tokens: a sequence has got one token from its
+        prompt, one from each step and one from each accepted draft.
+    acceptance: running estimate of how often the draft at each depth is accepted when those before it are.
     """
 
     tokens: Int[Array, "B new"]
@@ -85,8 +87,9 @@ class DecodeState:
     streams: Float[Array, "B H D"]
     cache: Cache
     steps: Int[Array, " B"]
-    drafted: Int[Array, " K"]
-    accepted: Int[Array, " K"]
+    drafted: Int[Array, "B K"]
+    accepted: Int[Array, "B K"]
+    acceptance: Float[Array, "B K"]
 
 
 @jax.tree_util.register_dataclass
@@ -103,8 +106,8 @@ class Generation:
     stopped: Bool[Array, " B"]
     logprobs: Float[Array, "B new"] | None
     steps: Int[Array, " B"]
-    drafted: Int[Array, " K"]
-    accepted: Int[Array, " K"]
+    drafted: Int[Array, "B K"]
+    accepted: Int[Array, "B K"]
 
     @staticmethod
     def of(state: DecodeState) -> Generation:

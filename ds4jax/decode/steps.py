@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.decode.sampling import sample_rows
+from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import DecodeState, Limits, Request
-from ds4jax.model.cache import commit, init_cache
+from ds4jax.model.cache import Cache, commit, init_cache
 from ds4jax.model.transformer import DeepSeekV4
 
 SHARED_ROWS = 8  # largest chunk that shares its program with decoding
@@ -18,25 +20,35 @@ SHARED_ROWS = 8  # largest chunk that shares its program with decoding
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Generation with one model within fixed limits; K, the most drafts per step, is 0."""
+    """Generation with one model within fixed limits."""
 
     model: DeepSeekV4
     limits: Limits
+    speculation: Speculation
 
     @property
     def rows(self) -> int:
-        """Rows of a step once the prompts are read: 1 + K.
+        """Rows of a step once the prompts are read: 1 + K, or more where a step also reads prompts."""
+        return max(self.limits.chunk, 1 + self.speculation.drafts) if self._shared else 1 + self.speculation.drafts
 
-        A small chunk is used for both where absent rows cost nothing, because one program compiles in half the time
-        of two.
+    @property
+    def chunk(self) -> int:
+        """Rows of a step that reads prompts."""
+        return self.rows if self._shared else self.limits.chunk
+
+    @property
+    def _shared(self) -> bool:
+        """Whether both kinds of step are one: a small chunk where absent rows cost nothing.
+
+        One program compiles in half the time of two.
         """
-        shared = self.model.numerics.rows == "loop" and self.limits.chunk <= SHARED_ROWS
-        return self.limits.chunk if shared else 1
+        return self.model.numerics.rows == "loop" and self.limits.chunk <= SHARED_ROWS
 
     def start(self) -> DecodeState:
         """The state before anything is evaluated."""
         size, config = self.limits, self.model.config
         nothing = jnp.zeros(size.batch, jnp.int32)
+        by_depth = jnp.zeros((size.batch, self.speculation.drafts), jnp.int32)
         return DecodeState(
             tokens=jnp.zeros((size.batch, size.new_tokens), jnp.int32),
             logprobs=jnp.zeros((size.batch, size.new_tokens), jnp.float32),
@@ -45,41 +57,92 @@ class Steps:
             stopped=nothing < 0,
             next=nothing,
             streams=jnp.zeros((size.batch, config.hc_mult, config.hidden_size), jnp.float32),
-            cache=init_cache(config, self.model.numerics, size.batch, size.context, size.chunk),
+            cache=init_cache(config, self.model.numerics, size.batch, size.context, max(self.rows, self.chunk)),
             steps=nothing,
-            drafted=jnp.zeros(0, jnp.int32),
-            accepted=jnp.zeros(0, jnp.int32),
+            drafted=by_depth,
+            accepted=by_depth,
+            acceptance=jnp.ones(by_depth.shape, jnp.float32),
         )
 
     def step(self, params: Any, request: Request, state: DecodeState, rows: int) -> DecodeState:
         """Evaluates up to `rows` rows of every sequence that is not done, and chooses what follows.
 
         A sequence whose prompt is not read yet reads on; the step that finishes it chooses the first new token. Other
-        sequences evaluate their next token, which is always right (rows beyond it would be drafts).
+        sequences evaluate their next token, which is always right, and drafts of the tokens after it: the token chosen
+        after a row is right if the row is, and a row is right if it holds the token chosen before it.
         """
+        # A step that only reads prompts drafts nothing, so that it compiles sooner.
+        drafts = self.speculation.drafts if rows == self.rows else 0
         start = state.cache.length
         unread = request.lengths - start
         reading = unread > 0
-        count = jnp.where(state.done, 0, jnp.where(reading, jnp.minimum(unread, rows), 1))
+        depth = jnp.minimum(self.speculation.depth(state.acceptance, state.steps), request.limit - state.length - 1)
+        depth = jnp.where(reading | state.done, 0, jnp.minimum(depth, drafts))
+        count = jnp.where(state.done, 0, jnp.where(reading, jnp.minimum(unread, rows), 1 + depth))
         position = start[:, None] + jnp.arange(rows, dtype=jnp.int32)
         prompt = jnp.take_along_axis(request.prompt, jnp.minimum(position, self.limits.prompt - 1), axis=1)
-        tokens = jnp.where(reading[:, None], prompt, state.next[:, None])
-        result: Any = self.model.apply({"params": params}, tokens, state.cache, start, count)
+        drafted, cache = self._draft(params, request, state, depth, drafts)
+        guesses = jnp.concatenate([state.next[:, None], drafted], axis=1)
+        guesses = jnp.pad(guesses, [(0, 0), (0, rows - 1 - drafts)])
+        tokens = jnp.where(reading[:, None], prompt, guesses)
+        result: Any = self.model.apply({"params": params}, tokens, cache, start, count)
         streams, cache = result
 
-        # Rows whose successor is wanted: the last of a prompt, or all 1 + K of a sequence that has read its prompt.
-        heads = jnp.where(reading, count - 1, 0)[:, None] + jnp.arange(1, dtype=jnp.int32)
+        # Rows whose successor is wanted: the last of a prompt, or all of a sequence that has read its prompt.
+        heads = jnp.where(reading, count - 1, 0)[:, None] + jnp.arange(1 + drafts, dtype=jnp.int32)
         live = ~state.done[:, None] & (unread <= rows)[:, None] & (heads < count[:, None])
-        chosen, logprobs = self._choose(params, _take_rows(streams, heads), start[:, None] + heads + 1, live, request)
-        after, kept = _append(state, chosen, logprobs, jnp.sum(live, axis=1, dtype=jnp.int32), request)
+        last = _take_rows(streams, jnp.minimum(heads, rows - 1))
+        chosen, logprobs = self._choose(params, last, start[:, None] + heads + 1, live, request)
+        equal = (chosen[:, :drafts] == drafted) & (jnp.arange(drafts, dtype=jnp.int32) < depth[:, None])
+        accepted = jnp.sum(jnp.cumprod(equal.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+        after, kept = _append(state, chosen, logprobs, live[:, 0].astype(jnp.int32) + accepted, request)
         good = jnp.where(reading, count, kept)
-        last = _take_rows(streams, jnp.maximum(good - 1, 0)[:, None])[:, 0]
+
+        # The block's rows of the tokens that stay, from the trunk's streams: those of the drafts came from its own.
+        before = jnp.concatenate([state.streams[:, None], streams], axis=1)
+        if self.speculation.drafts:
+            cache = self._draft_method("draft_prefill", params, tokens, before[:, :-1], cache, start, good)
+        index = jnp.arange(self.speculation.drafts, dtype=jnp.int32)
+        became_tokens = jnp.where(reading, 0, kept - 1)
         return dataclasses.replace(
             after,
-            streams=jnp.where((good > 0)[:, None, None], last, state.streams),
+            streams=_take_rows(before, good[:, None])[:, 0],
             cache=commit(cache, start + good),
             steps=state.steps + jnp.where(reading | state.done, 0, 1).astype(jnp.int32),
+            drafted=state.drafted + (index < depth[:, None]).astype(jnp.int32),
+            accepted=state.accepted + (index < became_tokens[:, None]).astype(jnp.int32),
+            acceptance=self.speculation.learn(state.acceptance, depth, accepted),
         )
+
+    def _draft(
+        self, params: Any, request: Request, state: DecodeState, depth: Int[Array, " B"], most: int
+    ) -> tuple[Int[Array, "B K"], Cache]:
+        """The first `depth` tokens after `next`, as the MTP block would choose them, and the cache with its rows.
+
+        The first row pairs `next` with the trunk's streams; each further row pairs the draft before it with the
+        block's own streams, one position on. Tokens are chosen from the block's logits as the trunk's are from its
+        own, with the same noise.
+        """
+        batch = depth.shape[0]
+        drafted = jnp.zeros((batch, most), jnp.int32)
+        if most == 0:
+            return drafted, state.cache
+
+        def one(index: Array, carry: Any) -> Any:
+            token, streams, cache, drafted = carry
+            position, live = (state.cache.length + index)[:, None], (index < depth)[:, None]
+            logits, streams, cache = self._draft_method(
+                "draft", params, token, streams, cache, position[:, 0], live[:, 0].astype(jnp.int32)
+            )
+            token, _ = sample_rows(logits, request.sampling, request.keys, position + 1, live)
+            return token, streams, cache, lax.dynamic_update_slice(drafted, token, (jnp.int32(0), index))
+
+        carry = state.next[:, None], state.streams[:, None], state.cache, drafted
+        _, _, cache, drafted = lax.fori_loop(0, jnp.max(depth), one, carry)
+        return drafted, cache
+
+    def _draft_method(self, name: str, params: Any, *arguments: Any) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=name)
 
     def _choose(
         self,
