@@ -18,7 +18,7 @@ from test_strict import visible
 import ds4jax
 from ds4jax.decode.generate import Generate, build_generate
 from ds4jax.decode.sampling import GREEDY, Sampling
-from ds4jax.decode.speculation import MEMORY, MOST_DRAFTS, PROBE, Speculation
+from ds4jax.decode.speculation import HOPE, MEMORY, Speculation
 from ds4jax.decode.state import Generation, Limits
 from ds4jax.errors import ConfigError
 from ds4jax.model.cache import init_cache
@@ -48,24 +48,23 @@ def block(seed: int) -> Any:
     return init(jax.random.key(seed), tokens)["params"]["mtp"]
 
 
-PARAMS = {**golden.load("tiny_c").params, "mtp": block(0)}
+FREE = jnp.full((1, LIMITS.context + 1), -1, jnp.int32)
+PARAMS = {**golden.load("tiny_c").params, "mtp": block(0), "plan": FREE}
 
 
 class Planned(DeepSeekV4):
-    """Runs the block, but drafts what a plan `params["plan"]` `[B, positions]` says, whatever the noise."""
+    """Runs the block, but drafts what a plan `params["plan"]` `[B, positions]` says where it is not negative."""
 
     def draft(self, tokens: Any, streams: Any, cache: Any, start: Any, count: Any) -> Any:
-        _, streams, cache = super().draft(tokens, streams, cache, start, count)
-        plan = self.get_variable("params", "plan")
-        planned = jnp.take_along_axis(plan, start[:, None] + 1, axis=1)
-        return 1e9 * jax.nn.one_hot(planned, self.config.vocab_size, dtype=jnp.float32), streams, cache
+        logits, streams, cache = super().draft(tokens, streams, cache, start, count)
+        planned = jnp.take_along_axis(self.get_variable("params", "plan"), start[:, None] + 1, axis=1)
+        certain = 1e9 * jax.nn.one_hot(planned, self.config.vocab_size, dtype=jnp.float32)
+        return jnp.where(planned[:, :, None] < 0, logits, certain), streams, cache
 
 
 @functools.cache
-def program(speculative: str | int, planned: bool = False, limits: Limits = LIMITS) -> Generate:
-    if planned:
-        return Generate(Planned(CONFIG, QUICK), limits, Speculation(int(speculative)))
-    return build_generate(CONFIG, QUICK, limits, speculative)
+def program(speculative: str | int, limits: Limits = LIMITS) -> Generate:
+    return Generate(Planned(CONFIG, QUICK), limits, Speculation.of(speculative, 0.2))
 
 
 @functools.cache
@@ -137,7 +136,7 @@ def test_every_accept_length(drafts, setting):
     for seed in range(8):
         drafted, lengths = plan(answer, drafts, seed)
         params = {**PARAMS, "plan": jnp.asarray(drafted)[None]}
-        result = program(drafts, planned=True)(params, PROMPT, sampling=SETTINGS[setting], key=7, logprobs=True)
+        result = program(drafts)(params, PROMPT, sampling=SETTINGS[setting], key=7, logprobs=True)
         same(result, want)
         accepted = np.asarray(result.accepted)[0]
         reached = np.append(int(result.steps[0]), accepted) - np.append(accepted, 0)  # steps by drafts accepted
@@ -167,7 +166,7 @@ def test_sequences_with_different_patterns_equal_each_alone(chunk):
         free = program("off")(PARAMS, prompt, sampling=HOT, key=seeds[b], max_new_tokens=wanted[b], logprobs=True)
         alone.append(free)
         plans.append(plan(tokens_of(free), drafts, b, len(prompt))[0])
-    together = program(drafts, planned=True, limits=limits)(
+    together = program(drafts, limits=limits)(
         {**PARAMS, "plan": jnp.asarray(np.stack(plans))},
         padded,
         [len(prompt) for prompt in prompts],
@@ -188,28 +187,26 @@ def test_at_position_one_million():
     chance = np.random.default_rng(0)
     results = []
     for drafts in (0, 4):
-        generate = program(drafts, planned=True, limits=limits)
+        generate = program(drafts, limits=limits)
         blank = generate.programs.start()
+        planned = np.zeros((1, limits.context), np.int32)
         if drafts == 0:
             filled = jax.tree.map(lambda a: jnp.asarray(chance.standard_normal(a.shape), a.dtype), blank.cache)
-            params = {**PARAMS, "plan": jnp.zeros((1, limits.context), jnp.int32)}
         else:
-            planned = np.zeros((1, limits.context), np.int32)
             planned[0, start + 1 : start + most] = results[0].tokens[0, 1:]
             planned[0, start + 3 : start + most : 7] += 1
-            params = {**PARAMS, "plan": jnp.asarray(planned % CONFIG.vocab_size)}
+        params = {**PARAMS, "plan": jnp.asarray(planned % CONFIG.vocab_size)}
         # Rings differ in capacity with the rows of a step: row p of one goes to place p mod capacity of the other.
         past = np.arange(start - 8, start)
 
         def placed(target: jax.Array, source: jax.Array, past: np.ndarray = past) -> jax.Array:
             if target.ndim == 1 or target.shape[1] > 100:  # the length, compressed rows
-                return source
+                return jnp.array(source)
             return target.at[:, past % target.shape[1]].set(source[:, past % source.shape[1]])
 
         cache = jax.tree.map(placed, blank.cache, filled)
         cache = dataclasses.replace(cache, length=jnp.asarray([start], jnp.int32))
-        one = jnp.ones(1, jnp.int32)
-        state = dataclasses.replace(blank, cache=cache, next=one, length=one)
+        state = dataclasses.replace(blank, cache=cache, next=jnp.asarray([5]), length=jnp.asarray([1]))
         request = generate.prepare([1], sampling=HOT, key=7)
         results.append(generate.programs.burst(params, request, state, most, np.zeros(1, bool))[1])
     assert len(set(tokens_of(results[0]))) > 10
@@ -262,7 +259,7 @@ def test_nothing_after_a_stop_id_is_returned_or_counted(place):
     first = next(i for i in range(20, 400) if answer[i] not in answer[:i] and i % 5 == place % 5)
     drafted = np.zeros(LIMITS.context + 1, np.int32)
     drafted[len(PROMPT) : len(PROMPT) + len(answer)] = answer
-    result = program(4, planned=True)(
+    result = program(4)(
         {**PARAMS, "plan": jnp.asarray(drafted)[None]}, PROMPT, sampling=HOT, key=7, stop_ids=[answer[first]]
     )
     assert tokens_of(result) == answer[: first + 1]
@@ -278,9 +275,7 @@ def test_the_limit_bounds_the_drafts(limit):
     small = Limits(batch=1, prompt=len(PROMPT), new_tokens=7, chunk=2)
     drafted = np.zeros(LIMITS.context + 1, np.int32)
     drafted[len(PROMPT) : len(PROMPT) + len(answer)] = answer
-    result = program(4, planned=True, limits=small)(
-        {**PARAMS, "plan": jnp.asarray(drafted)[None]}, PROMPT, max_new_tokens=limit
-    )
+    result = program(4, limits=small)({**PARAMS, "plan": jnp.asarray(drafted)[None]}, PROMPT, max_new_tokens=limit)
     assert tokens_of(result) == answer[:limit]
     steps = -(-(limit - 1) // 5)
     assert int(result.steps[0]) == steps
@@ -308,29 +303,31 @@ def states(generate: Generate, params: Any, most: int, sampling: Sampling = HOT)
 
 def test_cache_after_rollback_equals_cache_after_serial_steps():
     """For every number of accepted drafts at every phase of the windows: raw rings, compressors and the block's."""
-    answer, most, drafts = tokens_of(plain("sampled")), 500, 4
+    answer, most, drafts = tokens_of(plain("sampled")), 250, 4
     serial = {
         int(s.cache.length[0]): visible(s.cache, CONFIG, int(s.cache.length[0]))
         for s in states(program("off"), PARAMS, most)
     }
     wrong = np.zeros((1, LIMITS.context + 1), np.int32)
     wrong[0, len(PROMPT) :][: len(answer)] = (np.array(answer) + 1) % CONFIG.vocab_size
-    never = states(program(drafts, planned=True), {**PARAMS, "plan": jnp.asarray(wrong)}, most)
+    never = states(program(drafts), {**PARAMS, "plan": jnp.asarray(wrong)}, most)
     block_rows = {int(s.cache.length[0]): mtp_rows(s.cache, int(s.cache.length[0])) for s in never}
     assert len(block_rows) == len(serial) == most - 1
     phases = max(CONFIG.compress_ratios)
-    seen = set()
-    for seed in range(4):
+    seen, every = set(), {(accepted, phase) for accepted in range(drafts + 1) for phase in range(phases)}
+    for seed in range(16):
+        if seen == every:
+            break
         drafted = plan(answer[:most], drafts, seed)[0]
         before = len(PROMPT)
-        for state in states(program(drafts, planned=True), {**PARAMS, "plan": jnp.asarray(drafted)[None]}, most):
+        for state in states(program(drafts), {**PARAMS, "plan": jnp.asarray(drafted)[None]}, most):
             length = int(state.cache.length[0])
             for got, want in zip(visible(state.cache, CONFIG, length), serial[length], strict=True):
                 np.testing.assert_array_equal(got, want)
             np.testing.assert_array_equal(mtp_rows(state.cache, length), block_rows[length])
             seen.add((length - before - 1, before % phases))
             before = length
-    assert seen == {(accepted, phase) for accepted in range(drafts + 1) for phase in range(phases)}
+    assert seen == every
 
 
 # ---------------------------------------------------------------------------------------------------- the programs
@@ -341,13 +338,13 @@ def test_cache_is_updated_in_place():
 
 
 def test_one_program_for_every_depth_and_no_way_out_of_it():
-    """The depth follows the plan: right for a while, then wrong, then right again, which only a probe can find out."""
+    """The depth follows the plan: right for a while, then wrong, then right again, as only another try can tell."""
     answer = tokens_of(plain("greedy"))
     drafted = np.zeros(LIMITS.context + 1, np.int32)
     drafted[len(PROMPT) : len(PROMPT) + len(answer)] = answer
     drafted[200:400] = (drafted[200:400] + 1) % CONFIG.vocab_size
     params = {**PARAMS, "plan": jnp.asarray(drafted)[None]}
-    generate = Generate(Planned(CONFIG, QUICK), LIMITS, Speculation.of("auto", 0.2))
+    generate = program("auto")
     request, run = generate.prepare(PROMPT), generate.programs.run
     nobody = jnp.zeros(1, bool)
     text = str(run.trace(params, request, generate.programs.start(), jnp.int32(1), nobody).jaxpr)
@@ -359,7 +356,6 @@ def test_one_program_for_every_depth_and_no_way_out_of_it():
     assert tokens_of(Generation.of(state)) == answer
     assert {depth for length, depth in depths.items() if length < 200} == {4}
     assert [depth for length, depth in depths.items() if 300 < length < 400].count(0) > 80
-    assert {depth for length, depth in depths.items() if 300 < length < 400} == {0, 1}
     assert {depth for length, depth in depths.items() if 500 < length < 1000} == {4}
     assert run._cache_size() == 1
 
@@ -367,8 +363,8 @@ def test_one_program_for_every_depth_and_no_way_out_of_it():
 # --------------------------------------------------------------------------------------------------------- the depth
 
 
-def depth(rule: Speculation, acceptance: list[float], steps: int = 0) -> int:
-    return int(rule.depth(jnp.asarray([acceptance], jnp.float32), jnp.asarray([steps], jnp.int32))[0])
+def depth(rule: Speculation, acceptance: list[float]) -> int:
+    return int(rule.depth(jnp.asarray([acceptance], jnp.float32))[0])
 
 
 @pytest.mark.parametrize(
@@ -386,20 +382,35 @@ def depth(rule: Speculation, acceptance: list[float], steps: int = 0) -> int:
 def test_depth_gives_the_most_tokens_per_time(acceptance, cost, want):
     rates = [(1 + np.cumprod(acceptance)[:d].sum()) / (1 + cost * d) for d in range(5)]
     assert int(np.argmax(rates)) == want
-    rule = Speculation.of("auto", cost)
-    assert depth(rule, acceptance) == want
-    assert depth(rule, acceptance, PROBE - 1) == min(want + 1, MOST_DRAFTS)
-    assert depth(Speculation(3), acceptance) == depth(Speculation(3), acceptance, PROBE - 1) == 3
+    assert depth(Speculation.of("auto", cost), acceptance) == want
+    assert depth(Speculation(3), acceptance) == 3
 
 
 def test_estimates_follow_what_was_tried():
-    learn = Speculation(4).learn
-    before = jnp.full((1, 4), 0.5, jnp.float32)
-    after = np.asarray(learn(before, jnp.asarray([3]), jnp.asarray([1])))[0]
-    assert after.tolist() == [0.5 + MEMORY / 2, 0.5 - MEMORY / 2, 0.5, 0.5]
-    assert np.asarray(learn(before, jnp.asarray([0]), jnp.asarray([0]))).tolist() == [[0.5] * 4]
-    after = np.asarray(learn(before, jnp.asarray([2]), jnp.asarray([2])))[0]
-    assert after.tolist() == [0.5 + MEMORY / 2, 0.5 + MEMORY / 2, 0.5, 0.5]
+    before, up, down, rise = jnp.full((1, 4), 0.5, jnp.float32), 0.5 + MEMORY / 2, 0.5 - MEMORY / 2, 0.5 + HOPE / 2
+    for tried, accepted, want in (
+        (3, 1, [up, down, rise, rise]),
+        (2, 2, [up, up, rise, rise]),
+        (4, 0, [down, rise, rise, rise]),
+        (0, 0, [rise, rise, rise, rise]),
+    ):
+        assert (
+            np.asarray(Speculation(4).learn(before, jnp.asarray([tried]), jnp.asarray([accepted])))[0].tolist() == want
+        )
+
+
+def test_a_sequence_that_accepts_nothing_hardly_drafts_and_one_that_accepts_some_goes_on():
+    rule, chance = Speculation.of("auto", 0.2), np.random.default_rng(0)
+    step = jax.jit(
+        lambda acceptance, luck: (rule.depth(acceptance), rule.learn(acceptance, rule.depth(acceptance), luck))
+    )
+    for share, least, most in ((0.0, 0.03, 0.12), (0.4, 0.7, 1.0)):
+        acceptance, drafted = jnp.ones((1, 4), jnp.float32), []
+        for _ in range(600):
+            luck = int(chance.random() < share)
+            tries, acceptance = step(acceptance, jnp.minimum(jnp.asarray([luck]), rule.depth(acceptance)))
+            drafted.append(int(tries[0]) > 0)
+        assert least < np.mean(drafted[100:]) < most
 
 
 @pytest.mark.parametrize("wrong", ["on", "5", 5, -1, "auto "])
@@ -432,4 +443,6 @@ def test_the_demonstration_model(setting):
     assert result.tokens == want.tokens
     assert result.logprobs.tobytes() == want.logprobs.tobytes()
     drafted, accepted = result.stats.drafted, result.stats.accepted
-    assert accepted[0] > 0.5 * drafted[0]
+    # The block's first choice is the trunk's at 0.62 of the positions of held-out text; noise costs some of that.
+    assert accepted[0] > (0.5 if setting == "greedy" else 0.35) * drafted[0]
+    assert accepted[1] > (0.4 if setting == "greedy" else 0.2) * accepted[0]

@@ -11,8 +11,8 @@ from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError
 
 MOST_DRAFTS = 4
-PROBE = 16  # every so many steps, one draft more than seems worth it
-MEMORY = 1 / 8  # weight of the newest outcome in the estimates
+MEMORY = 1 / 16  # weight of the newest outcome in the estimates
+HOPE = 1 / 1024  # share of the way to certainty that an estimate goes in a step which tells nothing about it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Speculation:
             raise ConfigError("speculation needs the MTP block, which the model lacks; name its file, or turn it off")
         return self
 
-    def depth(self, acceptance: Float[Array, "B K"], steps: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Drafts of the next step, after `steps` steps and with these estimates of `learn`."""
+    def depth(self, acceptance: Float[Array, "B K"]) -> Int[Array, " B"]:
+        """Drafts of the next step, with these estimates of `learn`."""
         if self.cost is None:
-            return jnp.full(steps.shape, self.drafts, jnp.int32)
+            return jnp.full(acceptance.shape[0], self.drafts, jnp.int32)
         # The draft at depth j yields a token if it and all before it are accepted.
         tokens = 1 + jnp.cumsum(jnp.cumprod(acceptance, axis=1), axis=1)
         rate = tokens / (1 + self.cost * jnp.arange(1, self.drafts + 1, dtype=jnp.float32))
-        best = jnp.argmax(jnp.pad(rate, [(0, 0), (1, 0)], constant_values=1.0), axis=1).astype(jnp.int32)
-        probe = (steps % PROBE == PROBE - 1).astype(jnp.int32)
-        return jnp.minimum(best + probe, self.drafts)
+        return jnp.argmax(jnp.pad(rate, [(0, 0), (1, 0)], constant_values=1.0), axis=1).astype(jnp.int32)
 
     def learn(
         self, acceptance: Float[Array, "B K"], depth: Int[Array, " B"], accepted: Int[Array, " B"]
     ) -> Float[Array, "B K"]:
         """Estimates of how often a draft is accepted when those before it are, after one more step.
 
-        Moving averages; a depth that was not tried, or not reached, keeps its estimate.
+        Moving averages. Where a depth was not tried, or not reached, its estimate slowly rises, so that now and then it
+        seems worth another try.
         """
         index = jnp.arange(self.drafts, dtype=jnp.int32)
         tried = (index < depth[:, None]) & (index <= accepted[:, None])
         outcome = (index < accepted[:, None]).astype(jnp.float32)
-        return jnp.where(tried, acceptance + MEMORY * (outcome - acceptance), acceptance)
+        toward, share = jnp.where(tried, outcome, 1.0), jnp.where(tried, MEMORY, HOPE)
+        return acceptance + share * (toward - acceptance)
 
 
 PLAIN = Speculation()

@@ -76,7 +76,7 @@ class Steps:
         start = state.cache.length
         unread = request.lengths - start
         reading = unread > 0
-        depth = jnp.minimum(self.speculation.depth(state.acceptance, state.steps), request.limit - state.length - 1)
+        depth = jnp.minimum(self.speculation.depth(state.acceptance), request.limit - state.length - 1)
         depth = jnp.where(reading | state.done, 0, jnp.minimum(depth, drafts))
         count = jnp.where(state.done, 0, jnp.where(reading, jnp.minimum(unread, rows), 1 + depth))
         position = start[:, None] + jnp.arange(rows, dtype=jnp.int32)
