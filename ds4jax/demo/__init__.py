@@ -1,0 +1,1 @@
+"""The demonstration model, a GGUF file, and its card."""

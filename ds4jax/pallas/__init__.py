@@ -1,0 +1,1 @@
+"""Pallas GPU kernels under the names and signatures of `ds4jax.ops`; there are none yet."""
