@@ -16,7 +16,7 @@ from runs import empty_cache
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.model.cache import Cache
 from ds4jax.model.transformer import DeepSeekV4
-from ds4jax.ops.rope import rope_frequencies
+from ds4jax.ops.rope import rope_frequencies, rope_table, rotate
 
 TOLERANCE = 1e-4
 ROWS = pytest.mark.parametrize("rows", ["loop", "batch"])
