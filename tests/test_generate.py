@@ -418,8 +418,10 @@ def check_updated_in_place(generate: Generate, params: Any) -> None:
     assert memory.temp_size_in_bytes < state_bytes / 8
 
 
-def test_cache_is_updated_in_place():
-    check_updated_in_place(real(Limits(batch=1, prompt=8, new_tokens=60_000, chunk=5)), MODEL.params)
+@pytest.mark.parametrize("rows", ["loop", "batch"])
+def test_cache_is_updated_in_place(rows):
+    limits = Limits(batch=1, prompt=8, new_tokens=60_000, chunk=5)
+    check_updated_in_place(build_generate(MODEL.config, NUMERICS.replace(rows=rows), limits), MODEL.params)
 
 
 def test_score_equals_the_logprobs_of_generation():
