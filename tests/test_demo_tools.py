@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import flax.traverse_util
@@ -19,7 +20,7 @@ from ds4jax.checkpoint_table import make_plan
 from ds4jax.config import OPS, ModelConfig, Numerics
 from ds4jax.model import DeepSeekV4
 from ds4jax.tokenizer import Tokenizer
-from tools.demo_model import corpus, export
+from tools.demo_model import corpus, export, train
 from tools.demo_model.config import CONFIG
 from tools.demo_model.encoders import decode
 from tools.demo_model.tokenizer import FIRST, LAST, train_tokenizer
@@ -246,3 +247,24 @@ def test_quantised_types_leave_out_plain_floats() -> None:
     }
     with pytest.raises(KeyError):
         export.stored_as("layers_3/moe/w4", 8)
+
+
+def test_training_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
+    """Each run passes its deadline after one step; together they do what one long run does."""
+    for name in ("tokens_train", "tokens_heldout"):
+        np.save(tmp_path / f"{name}.npy", np.zeros(8, np.uint16))
+    (tmp_path / "heldout.txt").write_text("text")
+
+    def step_of(step: int, state: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, float]]:
+        return {"moment": state["moment"] * 2 + step}, {"loss": 0.0}
+
+    def run(out: str, deadline: float) -> tuple[bool, float]:
+        job = train.Job(CONFIG, tmp_path, tmp_path / out, deadline)
+        done, state = job.run("trunk", {"moment": jnp.ones(())}, 4, step_of)
+        return done, float(state["moment"])
+
+    want = run("whole", math.inf)
+    assert want[0]
+    seen = [run("parts", -math.inf) for _ in range(5)]
+    assert [done for done, _ in seen] == [False, False, False, True, True]
+    assert seen[3] == seen[4] == want
