@@ -11,7 +11,7 @@ from typing import Literal
 
 from ds4jax.checkpoint_config import mtp_prefix
 from ds4jax.checkpoint_gguf import GGUF, TensorInfo, listed
-from ds4jax.config import ModelConfig
+from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.errors import CheckpointError
 from ds4jax.quants import FORMATS, block_size
 
@@ -191,7 +191,7 @@ def _layer(prefix: str, path: ParamPath, config: ModelConfig, ratio: int, hashed
     yield _slot(f"{prefix}attn_output_b.weight", (*attn, "wo_b"), "matrix", D, G * R_o)
     if ratio:
         yield from _compressor(f"{prefix}attn_compressor_", (*attn, "compressor"), D, d, ratio)
-    if ratio == 4:
+    if ratio == CSA_RATIO:
         N_I, d_I = config.index_n_heads, config.index_head_dim
         yield _slot(f"{prefix}indexer.attn_q_b.weight", (*attn, "indexer", "wq_b"), "matrix", N_I * d_I, R_q)
         yield _slot(f"{prefix}indexer.proj.weight", (*attn, "indexer", "w"), "matrix", N_I, D)
@@ -209,7 +209,7 @@ def _layer(prefix: str, path: ParamPath, config: ModelConfig, ratio: int, hashed
 
 
 def _compressor(prefix: str, path: ParamPath, D: int, d: int, ratio: int) -> Iterator[Slot]:
-    width = 2 * d if ratio == 4 else d  # CSA windows overlap: two halves per token
+    width = 2 * d if ratio == CSA_RATIO else d  # CSA windows overlap: two halves per token
     yield _slot(f"{prefix}kv.weight", (*path, "wkv"), "matrix", width, D)
     yield _slot(f"{prefix}gate.weight", (*path, "wgate"), "matrix", width, D)
     yield _slot(f"{prefix}ape.weight", (*path, "ape"), "floats", ratio, width)

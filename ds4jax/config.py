@@ -41,6 +41,10 @@ It holds where the rows of a step share the reading of the weights; where each r
 """
 
 
+CSA_RATIO = 4
+"""The ratio whose compressed windows overlap and that has an indexer, in every reference implementation."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and schedule of a DeepSeek-V4 model, under the names of its `config.json`.
@@ -108,7 +112,7 @@ class ModelConfig:
             self.num_experts_per_tok <= self.n_routed_experts,
             f"{self.num_experts_per_tok} experts per token of {self.n_routed_experts}",
         )
-        if 4 in self.compress_ratios:
+        if CSA_RATIO in self.compress_ratios:
             _require(
                 self.qk_rope_head_dim <= self.index_head_dim,
                 f"rotary size {self.qk_rope_head_dim} exceeds indexer head size {self.index_head_dim}",
@@ -210,7 +214,9 @@ def check_simulation(config: ModelConfig, numerics: Numerics) -> None:
     )
     width = config.index_head_dim
     _require(
-        not numerics.sim_index or 4 not in config.compress_ratios or (width % 32 == 0 and width & (width - 1) == 0),
+        not numerics.sim_index
+        or CSA_RATIO not in config.compress_ratios
+        or (width % 32 == 0 and width & (width - 1) == 0),
         f"sim_index needs an indexer head size that is a power of two from 32, found {width}; set sim_index = false",
     )
 

@@ -264,7 +264,7 @@ def test_info_counts_the_cache_that_loading_makes_room_for(preset: str, monkeypa
         (("generate", "-p", "a", "--speculative", "5"), 'expected "off", "auto" or a number from 0 to 4'),
         (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
         (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
-        (("logprobs", "-m", MODEL, "-p", "", *SMALL), "expected [T] with T from 2 to 64"),
+        (("logprobs", "-m", MODEL, "-p", "", *SMALL), "text of 1 tokens, expected from 2 to 64"),
         (("tokens", "-m", ORACLE / "tiny-f32-mtp-ds4.gguf", "-p", "a"), "tokenizer.ggml.model is missing"),
         (("info", ORACLE / "tiny-f32-mtp-ds4.gguf"), "tiny-f32-mtp-ds4.gguf"),
     ],

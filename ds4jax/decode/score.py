@@ -35,7 +35,7 @@ class Score:
         tokens = np.asarray(ids)
         vocabulary = self._model.config.vocab_size
         if tokens.ndim != 1 or not 2 <= len(tokens) <= self._size:
-            raise RequestError(f"ids have shape {tokens.shape}, expected [T] with T from 2 to {self._size}")
+            raise RequestError(f"text of {tokens.size} tokens, expected from 2 to {self._size}; change its length")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise RequestError(f"ids span {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}")
         padded = np.zeros(self._size, np.int32)

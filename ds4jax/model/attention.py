@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import CompressorCache, LayerCache, Rows, write
 from ds4jax.ops.attention import attention_sequence, index_query, index_scores
-from ds4jax.ops.compress import CSA_RATIO, compress_sequence
+from ds4jax.ops.compress import compress_sequence
 from ds4jax.ops.rows import Live
 
 

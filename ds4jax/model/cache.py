@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ds4jax.config import ModelConfig, Numerics
+from ds4jax.config import CSA_RATIO, ModelConfig, Numerics
 from ds4jax.ops.attention import BLOCK
-from ds4jax.ops.compress import CSA_RATIO
 from ds4jax.ops.rows import Live
 
 
@@ -78,19 +77,16 @@ class Rows:
         return jnp.where(self.live.mask, (self.position + 1) // ratio, 0)
 
 
-def init_cache(
-    config: ModelConfig, numerics: Numerics, batch: int, context: int, rows: int, rollback: int = 0
-) -> Cache:
+def init_cache(config: ModelConfig, numerics: Numerics, batch: int, context: int, rows: int) -> Cache:
     """An empty cache.
 
     Args:
         context: positions a sequence may reach.
         rows: most rows a call may have; rings keep `rows - 1` places more than an operation sees, so that a call may
             write all its rows before it reads.
-        rollback: committed positions that the caller may still take back.
     """
     stored = jnp.float16 if numerics.cache == "f16" else jnp.float32
-    slack = rows - 1 + rollback
+    slack = rows - 1
 
     def compressor(ratio: int, width: int) -> CompressorCache:
         halves = 2 if ratio == CSA_RATIO else 1
@@ -110,11 +106,9 @@ def init_cache(
     return Cache(jnp.zeros((batch,), jnp.int32), layers, layer(0) if config.has_mtp else None)
 
 
-def cache_nbytes(
-    config: ModelConfig, numerics: Numerics, batch: int, context: int, rows: int, rollback: int = 0
-) -> int:
+def cache_nbytes(config: ModelConfig, numerics: Numerics, batch: int, context: int, rows: int) -> int:
     """Bytes of `init_cache` with the same arguments, without allocating it."""
-    shapes = jax.eval_shape(lambda: init_cache(config, numerics, batch, context, rows, rollback))
+    shapes = jax.eval_shape(lambda: init_cache(config, numerics, batch, context, rows))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

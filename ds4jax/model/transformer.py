@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import Cache, Rows
 from ds4jax.model.layers import Aux, DecoderLayer, HyperHead
-from ds4jax.ops.compress import CSA_RATIO
 from ds4jax.ops.rope import rope_frequencies
 from ds4jax.ops.rows import Live
 

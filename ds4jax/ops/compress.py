@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ds4jax.config import CSA_RATIO
 from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.rope import rope_table, rotate, simulate_kv
 from ds4jax.ops.simulate import fp4_round_trip, hadamard
-
-CSA_RATIO = 4  # the ratio whose windows overlap and that has an indexer, in every reference implementation
 
 
 def pool(values: Float[Array, "T C e"], logits: Float[Array, "T C e"], seen: Array) -> Float[Array, "T e"]:

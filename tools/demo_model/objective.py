@@ -8,19 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.config import OPS, ModelConfig, Numerics
+from ds4jax.config import ModelConfig
 from ds4jax.model import DeepSeekV4
+from ds4jax.runconfig import load_numerics
 
-TRAINING = Numerics(
-    rows="batch",
-    act="f32",
-    sim_kv=True,
-    sim_index=True,
-    cache="f32",
-    precision="default",
-    impl=tuple((op, "xla") for op in OPS),
-    xla=(("xla_allow_excess_precision", False),),
-)
+TRAINING = load_numerics("perf").replace(act="f32", cache="f32", precision="default")
 """All rows at once, the simulated cache formats on, TF32 dots where the device has them."""
 
 WEIGHTS = {"index": 0.1, "draft1": 0.4, "draft2": 0.3}
