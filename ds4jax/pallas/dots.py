@@ -36,17 +36,21 @@ def partial_dots(live: Array, x: Array, w: Array, *, squares: bool, name: str, i
         def values(ref: Any, row: Any) -> list[Array]:
             return [load(ref, row, place, mask=place < width if ragged else None).astype(f32) for place in places]
 
-        def add_up(m: Any, factors: list[Array] | None) -> None:
+        def total_of(m: Any, factors: list[Array] | None) -> Array:
             row = values(x, m)
             products = [a * b for a, b in zip(row, row if factors is None else factors, strict=True)]
-            out[m, part, column] = ptx.tree_sum(functools.reduce(jnp.add, products))
+            return ptx.tree_sum(functools.reduce(jnp.add, products))
+
+        def one_row(m: Any, factors: list[Array] | None) -> None:
+            out[m, part, column] = total_of(m, factors)
 
         def every_row(factors: list[Array] | None) -> None:
-            for m in range(rows):
-                if tiles == 1:
-                    add_up(m, factors)
-                else:
-                    pl.when(live[first + m] != 0)(functools.partial(add_up, first + m, factors))
+            if tiles == 1:
+                for m, value in enumerate([total_of(m, factors) for m in range(rows)]):
+                    out[m, part, column] = value
+            else:
+                for m in range(rows):
+                    pl.when(live[first + m] != 0)(functools.partial(one_row, first + m, factors))
 
         if squares:
             pl.when(column == outputs)(lambda: every_row(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -56,14 +57,9 @@ def mix(ptx: Instructions, parts: Any, row: Any, outputs: int, width: int, eps: 
     return total * lax.rsqrt(pick(total, outputs) * jnp.float32(1 / width) + jnp.float32(eps))
 
 
-def collapse(x: Any, row: Any, place: Any, weights: list[Array]) -> Array:
+def collapse(streams: list[Array], weights: list[Array]) -> Array:
     """Weighted sum of the streams in order."""
-    total = None
-    for stream, weight in enumerate(weights):
-        part = weight * load(x, row, stream, place)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    return functools.reduce(jnp.add, [weight * stream for weight, stream in zip(weights, streams, strict=True)])
 
 
 def hyper_pre(
@@ -89,24 +85,28 @@ def hyper_pre(
 
         @when_live(live, row)
         def _() -> None:
-            mixed = mix(ptx, parts, row, outputs, h * depth, eps)
-            lane = jnp.arange(mixed.shape[0], dtype=i32)
-            kind = jnp.where(lane < h, 0, jnp.where(lane < 2 * h, 1, 2))
-            logits = mixed * load(scale, kind) + load(base, lane, mask=lane < outputs)
+            lane = jnp.arange(power_of_two(outputs + 1), dtype=i32)
+
+            def logits() -> Array:
+                kind = jnp.where(lane < h, 0, jnp.where(lane < 2 * h, 1, 2))
+                factor, offset = load(scale, kind), load(base, lane, mask=lane < outputs)
+                return mix(ptx, parts, row, outputs, h * depth, eps) * factor + offset
 
             @pl.when(part < depth // size)
             def _() -> None:
-                gates, place = sigmoid(logits), pl.ds(part * size, size)
+                place = pl.ds(part * size, size)
+                streams, gates = [load(x, row, stream, place) for stream in range(h)], sigmoid(logits())
                 weights = [pick(gates, stream) + jnp.float32(hc_eps) for stream in range(h)]
-                store(collapsed, collapse(x, row, place, weights), row, place)
+                store(collapsed, collapse(streams, weights), row, place)
 
             @pl.when(part == depth // size)
             def _() -> None:
-                store(post, 2.0 * sigmoid(logits), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
-                start = [[pick(logits, 2 * h + j * h + k) for k in range(h)] for j in range(h)]
-                for j, values in enumerate(sinkhorn(start, iters, hc_eps)):
-                    for k, value in enumerate(values):
-                        mixing[row, j, k] = value
+                values = logits()
+                store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
+                start = [[pick(values, 2 * h + j * h + k) for k in range(h)] for j in range(h)]
+                for j, weights in enumerate(sinkhorn(start, iters, hc_eps)):
+                    for k, weight in enumerate(weights):
+                        mixing[row, j, k] = weight
 
     return launch(
         kernel,
@@ -136,11 +136,11 @@ def hyper_head(
 
         @when_live(live, row)
         def _() -> None:
-            mixed = mix(ptx, parts, row, h, h * depth, eps)
-            lane, place = jnp.arange(mixed.shape[0], dtype=i32), pl.ds(part * size, size)
-            gates = sigmoid(mixed * scale[0] + load(base, lane, mask=lane < h))
+            lane, place = jnp.arange(power_of_two(h + 1), dtype=i32), pl.ds(part * size, size)
+            streams, offset = [load(x, row, stream, place) for stream in range(h)], load(base, lane, mask=lane < h)
+            gates = sigmoid(mix(ptx, parts, row, h, h * depth, eps) * scale[0] + offset)
             weights = [pick(gates, stream) + jnp.float32(hc_eps) for stream in range(h)]
-            store(out, collapse(x, row, place, weights), row, place)
+            store(out, collapse(streams, weights), row, place)
 
     return launch(
         kernel,
@@ -168,11 +168,9 @@ def hyper_post(live: Array, out: Array, x: Array, post: Array, mixing: Array, *,
         @when_live(live, row)
         def _() -> None:
             place = pl.ds(part * size, size)
-            inputs, new = [load(x, row, j, place) for j in range(h)], load(out, row, place)
-            for k in range(h):
-                total = post[row, k] * new
-                for j in range(h):
-                    total = total + mixing[row, j, k] * inputs[j]
+            inputs = [load(out, row, place), *(load(x, row, j, place) for j in range(h))]
+            weights = [[post[row, k], *(mixing[row, j, k] for j in range(h))] for k in range(h)]
+            for k, total in enumerate([collapse(inputs, each) for each in weights]):
                 store(streams, total, row, k, place)
 
     return launch(

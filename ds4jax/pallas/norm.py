@@ -47,7 +47,8 @@ def norm(live: Array, x: Array, weight: Array, *, eps: float, act: str, interpre
         @when_live(live, row)
         def _() -> None:
             place = pl.ds(part * size, size)
-            y = load(x, row, place) * inverse_rms(ptx, x, row, eps) * load(weight, place)
+            v, w = load(x, row, place), load(weight, place)
+            y = v * inverse_rms(ptx, x, row, eps) * w
             store(out, y, row, place)
             if codes:
                 store_q8(ptx, codes[0], codes[1], y, row, part * (size // 32))

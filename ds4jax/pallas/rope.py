@@ -6,6 +6,7 @@ and loads its partner once more, so nothing moves between lanes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -62,17 +63,18 @@ def norm_rope(
 
         @when_live(live, row // heads)
         def _() -> None:
-            scale = inverse_rms(ptx, x, row, eps)
-
-            def normed(place: Array, mask: Array) -> Array:
-                y = load(x, row, place, mask=mask) * scale
-                return y if weight is None else y * load(weight, place, mask=mask)
-
             place = part * size + jnp.arange(size, dtype=i32)
-            inside, offset = place < width, place - tail
-            y = normed(place, inside)
-            partner = normed(partner_of(place, offset), inside & (offset >= 0))
-            turned = turn(ptx, y, partner, *angles(cos, sin, row // heads, offset, inverse=False))
+            offset = place - tail
+            inside = place < width
+
+            def factors(place: Array, mask: Array) -> list[Array]:
+                return [load(x, row, place, mask=mask)] + ([] if weight is None else [load(weight, place, mask=mask)])
+
+            own, other = factors(place, inside), factors(partner_of(place, offset), inside & (offset >= 0))
+            c, s = angles(cos, sin, row // heads, offset, inverse=False)
+            scale = inverse_rms(ptx, x, row, eps)
+            y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
+            turned = turn(ptx, y, partner, c, s)
             y = jnp.where(offset >= 0, turned, fp8_round_trip(ptx, y) if simulate else y)
             store(out, y, row, place, mask=inside)
 

@@ -1,4 +1,8 @@
-"""What kernels with a program per row, or per part of a row, share."""
+"""What kernels with a program per row, or per part of a row, share.
+
+Such a program lives for a few waits on memory: it loads all it needs before it adds anything up, and stores last,
+because the compiler cannot know that a store leaves later loads alone.
+"""
 
 from __future__ import annotations
 
