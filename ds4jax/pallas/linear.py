@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
-from ds4jax.pallas.formats import FORMATS, Term, planes, steps
+from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch
 from ds4jax.pallas.quantise import act_q8k
 from ds4jax.quants import QTensor
@@ -46,12 +48,91 @@ def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bo
     return given
 
 
-def accumulate(terms: Sequence[Term], a: Any, m: Any) -> Array:
-    """Running sums of the lanes over the steps of a row, f32 [lanes]."""
-    total = terms[0](a, m)
-    for term in terms[1:]:
-        total = total + term(a, m)
-    return total
+def row_tiles(live: Array) -> tuple[int, int, Array]:
+    """Rows of a program, programs that share the rows of a call, and the mask of whole tiles, i32."""
+    total = live.shape[0]
+    rows = min(total, ROWS)
+    tiles = -(-total // rows)
+    return rows, tiles, jnp.pad(live.astype(i32), (0, tiles * rows - total))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dots:
+    """Rows of one weight that a program multiplies: its steps, and for each row how to read a step of it.
+
+    act: (number of the row here, activation row) -> the references that its terms read, and the row in them.
+    """
+
+    steps: Sequence[Lanes]
+    reads: Sequence[Callable[[Lanes], Term]]
+    act: Callable[[int, Any], tuple[Any, Any]]
+
+
+def lane_sums(weights: Sequence[Dots], ms: Sequence[Any], here: Sequence[Any] | None = None) -> list[list[Array]]:
+    """Running sums of the lanes, f32 [lanes], for each activation row and each weight row (all weights in a row).
+
+    `here` says which of the rows `ms` exist; None: all of them. A step of a weight is read once.
+    """
+    totals: list[list[Array]] = [[] for _ in ms]
+    for weight in weights:
+        for number, lanes in enumerate(weight.steps):
+            terms = [read(lanes) for read in weight.reads]
+            for row, m in enumerate(ms):
+
+                def fresh(terms: list[Term] = terms, m: Any = m, weight: Dots = weight) -> list[Array]:
+                    return [term(*weight.act(i, m)) for i, term in enumerate(terms)]
+
+                def nothing(count: int = lanes.count, rows: int = len(terms)) -> list[Array]:
+                    return [jnp.zeros(count, f32)] * rows
+
+                values = fresh() if here is None else jax.lax.cond(here[row], fresh, nothing)
+                done = len(totals[row]) - len(terms) if number else len(totals[row])
+                before = totals[row][done:]
+                totals[row][done:] = [a + b for a, b in zip(before, values, strict=True)] if number else values
+    return totals
+
+
+def each_row(
+    ptx: Instructions,
+    live: Any,
+    first: Any,
+    rows: int,
+    weights: Sequence[Dots],
+    done: Callable[[Any, list[Array]], None],
+) -> None:
+    """Calls `done` with the activation rows among `first .. first + rows - 1` that exist, and their sums.
+
+    All rows at once if all exist, so that their loads overlap; otherwise absent ones are jumped over.
+    """
+    ms = [first + m for m in range(rows)]
+    here = [live[m] != 0 for m in ms]
+
+    def all_of_them() -> None:
+        # All sums before the first store: beyond a store, activations would be loaded again.
+        totals = lane_sums(weights, ms)
+        for m, lanes in zip(ms, totals, strict=True):
+            done(m, [ptx.tree_sum(x) for x in lanes])
+
+    def some_of_them() -> None:
+        totals = lane_sums(weights, ms, here)
+        for m, exists, lanes in zip(ms, here, totals, strict=True):
+
+            @pl.when(exists)
+            def _(m: Any = m, lanes: list[Array] = lanes) -> None:
+                done(m, [ptx.tree_sum(x) for x in lanes])
+
+    if MODE == "none":
+        all_of_them()
+    elif MODE == "cond":
+        some_of_them()
+    else:
+        everyone = functools.reduce(jnp.logical_and, here)
+        pl.when(everyone)(all_of_them)
+        if rows > 1:
+            pl.when(jnp.logical_not(everyone))(some_of_them)
+
+
+MODE = "both"
 
 
 def project(
@@ -66,17 +147,15 @@ def project(
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
     Args:
-        live: which of the output's rows exist, i32 [T'].
+        live: which of the output's rows exist `[T']`.
         act_row: (output row, weight row, N) -> activation row.
     """
     total = live.shape[0]
-    rows = min(total, ROWS)
-    tiles = -(-total // rows)
+    rows, tiles, mask = row_tiles(live)
     read = [planes(w) for w in ws]
     sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
     forms = [form(format, a) for format, _ in read]
     programs = [n // tile for n, tile in sizes]
-    mask = jnp.pad(live, (0, tiles * rows - total))
 
     def kernel(ptx: Instructions, live: Any, acts: Any, weights: Any, *outs: Any) -> None:
         column, first = pl.program_id(1), pl.program_id(0) * rows
@@ -84,28 +163,23 @@ def project(
         def segment(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
             act, out = acts[forms[index]], outs[index]
-            weight_rows = [(column - begin) * tile + i for i in range(tile)]
-            terms = [
-                [FORMATS[format].read(ptx, weights[index], (row,), lanes) for lanes in steps(format, width)]
-                for row in weight_rows
-            ]
+            chosen = [(column - begin) * tile + i for i in range(tile)]
+            reads = [functools.partial(FORMATS[format].read, ptx, weights[index], (row,)) for row in chosen]
+            dots = Dots(steps(format, width), reads, lambda i, m: (act, act_row(m, chosen[i], n)))
 
-            def one(m: Any) -> None:
-                for row, parts in zip(weight_rows, terms, strict=True):
-                    out[m, row] = ptx.tree_sum(accumulate(parts, act, act_row(m, row, n)))
+            def done(m: Any, values: list[Array]) -> None:
+                for row, value in zip(chosen, values, strict=True):
+                    out[m, row] = value
 
-            if tiles == 1:
-                one(0)  # a call without any row does not happen, and a branch costs time
-            for m in range(1 if tiles == 1 else 0, rows):
-                pl.when(live[first + m] != 0)(lambda m=m: one(first + m))
+            each_row(ptx, live, first, rows, [dots], done)
 
         begin = 0
         for index, count in enumerate(programs):
-            here = (column >= begin) & (column < begin + count)
             if len(programs) == 1:
                 segment(index, begin)
             else:
-                pl.when(here)(lambda index=index, begin=begin: segment(index, begin))
+                here = (column >= begin) & (column < begin + count)
+                pl.when(here)(functools.partial(segment, index, begin))
             begin += count
 
     return launch(
@@ -123,7 +197,7 @@ def project(
 
 def linear(live: Array, a: Activation, *ws: Array | QTensor, interpret: bool) -> tuple[Array, ...]:
     """Kernel of `ops.linear.linear`."""
-    return project(live.astype(i32), a, ws, lambda m, row, n: m, name="linear", interpret=interpret)
+    return project(live, a, ws, lambda m, row, n: m, name="linear", interpret=interpret)
 
 
 def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret: bool) -> Array:
@@ -134,4 +208,4 @@ def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret:
     def act_row(m: Any, row: Any, n: int) -> Any:
         return m * groups + row // (n // groups)
 
-    return project(live.astype(i32), flat, (w,), act_row, name="grouped_linear", interpret=interpret)[0]
+    return project(live, flat, (w,), act_row, name="grouped_linear", interpret=interpret)[0]
