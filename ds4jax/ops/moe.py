@@ -17,8 +17,9 @@ MIN_WEIGHT_SUM = 2.0**-14  # guard of ds4 and llama.cpp against a zero sum; neve
 
 
 def router_scores(x: Float[Array, "T D"], gate: Float[Array, "E D"], *, precision: str) -> Float[Array, "T E"]:
-    """`sqrt(softplus(x . gate^T))`, the affinity of every expert."""
-    return jnp.sqrt(jnp.logaddexp(float_dot(x, gate, precision), 0.0))
+    """`sqrt(softplus(x . gate^T))`, the affinity of every expert; softplus is `max(z, 0) + log1p(exp(-|z|))`."""
+    z = float_dot(x, gate, precision)
+    return jnp.sqrt(jnp.maximum(z, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(z))))
 
 
 def route(
@@ -34,15 +35,15 @@ def route(
     """Experts of each row and their weights.
 
     `ids` are given on hash layers; otherwise the `top_k` largest of score + bias are taken, the lower expert first
-    on a tie. The weights are the unbiased scores, normalised to sum `scale`.
+    on a tie. The weights are the unbiased scores, normalised to sum `scale`: each times one factor.
     """
     scores = router_scores(a.x, gate, precision=precision)
     if ids is None:
         ranked = scores if bias is None else scores + bias
         ids = lax.top_k(ranked, top_k)[1]
     chosen = jnp.take_along_axis(scores, ids, axis=-1)
-    total = jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), MIN_WEIGHT_SUM)
-    return ids, chosen / total * jnp.float32(scale)
+    factor = jnp.float32(scale) / jnp.maximum(ordered_sum(chosen), MIN_WEIGHT_SUM)
+    return ids, chosen * factor[:, None]
 
 
 def swiglu(gate: Float[Array, "*s F"], up: Float[Array, "*s F"], limit: float) -> Float[Array, "*s F"]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LANES = 128  # running sums; part of the definition of the result
+PART = 1024  # terms of a part of `parted_sum`; likewise
 
 
 def lane_count(terms: int) -> int:
@@ -34,3 +35,12 @@ def ordered_sum(terms: Float[Array, "*rows G"]) -> Float[Array, "*rows"]:
         pairs = total.reshape(*total.shape[:-1], lanes, 2)
         total = pairs[..., 0] + pairs[..., 1]
     return total[..., 0]
+
+
+def parted_sum(terms: Float[Array, "*rows G"]) -> Float[Array, "*rows"]:
+    """Sum over the last axis, long enough for several programs: the `ordered_sum` of those of parts of 1024 terms."""
+    count = terms.shape[-1]
+    if count > PART:
+        padded = jnp.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -count % PART)])
+        terms = ordered_sum(padded.reshape(*terms.shape[:-1], -1, PART))
+    return ordered_sum(terms)

@@ -9,13 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 from ds4jax.pallas import experts as _experts
+from ds4jax.pallas import hyper as _hyper
 from ds4jax.pallas import linear as _linear
+from ds4jax.pallas import norm as _norm
 from ds4jax.pallas import quantise as _quantise
+from ds4jax.pallas import rope as _rope
+from ds4jax.pallas import router as _router
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "norm": _norm.norm,
     "quantise": _quantise.quantise,
     "linear": _linear.linear,
     "grouped_linear": _linear.grouped_linear,
     "routed_experts": _experts.routed_experts,
     "shared_expert": _experts.shared_expert,
+    "q_norm_rope": _rope.q_norm_rope,
+    "kv_norm_rope": _rope.kv_norm_rope,
+    "unrotate": _rope.unrotate,
+    "hyper_pre": _hyper.hyper_pre,
+    "hyper_post": _hyper.hyper_post,
+    "hyper_head": _hyper.hyper_head,
+    "router": _router.route,
 }
