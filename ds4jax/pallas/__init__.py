@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ds4jax.pallas import attention as _attention
 from ds4jax.pallas import linear as _linear
 from ds4jax.pallas import quantise as _quantise
+from ds4jax.pallas import store as _store
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "quantise": _quantise.quantise,
     "linear": _linear.linear,
     "grouped_linear": _linear.grouped_linear,
+    "store": _store.store_rows,
+    "attention": _attention.attention,
 }

@@ -117,6 +117,24 @@ def _asm(code: str, constraints: str, args: Sequence[Array], dtype: Any) -> Arra
     )[0]
 
 
+def next_power(size: int) -> int:
+    """The smallest power of two >= size: the only sizes that a tile can have."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def dot_split(a: Array, b: Array) -> Array:
+    """`a @ b` for f32 `a [m, k]` of magnitudes below 65504; every size is at least 16 on a GPU.
+
+    With f16 `b` on tensor cores: `a` becomes two f16 parts, the second scaled by 2^11, which represent it within
+    max(2^-22 |a|, 2^-36); products are exact and sums f32. With f32 `b` in f32 throughout.
+    """
+    if b.dtype != jnp.float16:
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    high = a.astype(jnp.float16)
+    low = ((a - high.astype(f32)) * 2.0**11).astype(jnp.float16)
+    return jnp.dot(high, b, preferred_element_type=f32) + jnp.dot(low, b, preferred_element_type=f32) * 2.0**-11
+
+
 Index = Any
 """An index of one axis of a reference: a number, `pl.ds`, or an i32 array; arrays broadcast against each other."""
 
