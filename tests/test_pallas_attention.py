@@ -9,8 +9,11 @@ import pytest
 
 from ds4jax import pallas
 from ds4jax.ops import attention as ops
+from ds4jax.ops import compress as compress_ops
+from ds4jax.ops import simulate as simulate_ops
 from ds4jax.ops import store as store_ops
 from ds4jax.ops.rows import Live
+from ds4jax.pallas import indexer as indexer_kernels
 
 HEADS, WIDTH, WINDOW = 3, 16, 70
 SEQUENCE = jnp.array([0, 1, 0, 1], jnp.int32)
@@ -103,3 +106,63 @@ def test_extreme_sinks_and_scores():
     same_attention(draw(rng, 4, HEADS, WIDTH) * 0.02, POSITION, None, None, raw, None, sink)
     got = attention_pair(0)[0](LIVE, draw(rng, 4, HEADS, WIDTH) * 1000, POSITION, SEQUENCE, None, None, raw, None, sink)
     assert np.isfinite(np.asarray(got)[LIVE]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- compress
+
+
+@pytest.mark.parametrize("ratio, width, simulate", [(4, 68, "kv"), (4, 32, "index"), (6, 68, "kv"), (128, 20, "none")])
+def test_compressed_rows(ratio, width, simulate):
+    """The bits of the reference; the first window of a sequence, rings that wrap around."""
+    rng = np.random.default_rng(5)
+    wide = width * (2 if ratio == 4 else 1)
+    capacity = 2 * ratio + 1
+    values, gates = draw(rng, 2, capacity, wide), draw(rng, 2, capacity, wide) * 3
+    shared = (values, gates, draw(rng, ratio, wide), draw(rng, width), jnp.array([0.7, 0.05]))
+    window = jnp.array([0, 5, 10**8, 1000], jnp.int32)
+    settings = {"ratio": ratio, "eps": 1e-6, "simulate": simulate}
+    run = kernel("compress", **settings)
+    got = np.asarray(run(LIVE, window, SEQUENCE, *shared))
+    want = np.asarray(jax.jit(functools.partial(compress_ops.compress, **settings))(window, SEQUENCE, *shared))
+    np.testing.assert_array_equal(got[LIVE], want[LIVE])
+    np.testing.assert_array_equal(np.asarray(run(LIVE[3:], window[3:], SEQUENCE[3:], *shared))[0], got[3])
+
+
+# ----------------------------------------------------------------------------------------------------- indexer
+
+
+@pytest.mark.parametrize("simulate, dtype", [(True, np.float16), (False, np.float16), (False, np.float32)])
+def test_selection(simulate, dtype):
+    """Fewer rows than wanted, none, more; every score twice, so that the lower row has to win."""
+    rng = np.random.default_rng(6)
+    heads, width, n = 6, 32, 192
+    grid = jax.jit(lambda x: simulate_ops.fp4_round_trip(x))
+    rows = np.array(grid(draw(rng, 2, n, width)))
+    rows[:, 1::2] = rows[:, ::2]
+    q, weights, angle = draw(rng, 4, heads, width), draw(rng, 4, heads), draw(rng, 4, 4) * 3
+    visible = jnp.array([5, 150, 10**7, 129], jnp.int32)
+    args = (q, jnp.cos(angle), jnp.sin(angle), weights, SEQUENCE)
+    stored = jnp.asarray(rows.astype(dtype))
+    run = kernel("indexer", top_k=21, simulate=simulate)
+    reference = jax.jit(functools.partial(ops.indexer, top_k=21, simulate=simulate, precision="highest"))
+    got = np.asarray(run(LIVE, *args, visible, stored))
+    want = np.asarray(reference(*args, jnp.where(LIVE, visible, 0), stored))
+    np.testing.assert_array_equal(got[LIVE], want[LIVE])
+    if simulate:
+        none = np.asarray(run(LIVE, *args, jnp.zeros(4, jnp.int32), stored))
+        np.testing.assert_array_equal(none[LIVE], n)
+
+
+@pytest.mark.parametrize("distinct", [1, 40, 10**6])
+def test_tournament_of_scores(distinct, monkeypatch):
+    """Three levels; few distinct scores, of both signs and zeros of both, against a stable sort."""
+    monkeypatch.setattr(indexer_kernels, "CHUNK", 64)
+    rng = np.random.default_rng(distinct)
+    n, top_k, visible = 1000, 20, np.array([1000, 19, 4, 777])
+    scores = (rng.integers(0, distinct, (4, n)) - distinct // 2).astype(np.float32) * np.float32(1e-3)
+    scores = np.where(rng.random((4, n)) < 0.5, -scores, scores)
+    run = jax.jit(functools.partial(indexer_kernels.select, top_k=top_k, interpret=True))
+    got = np.asarray(run(LIVE.astype(jnp.int32), jnp.asarray(visible, jnp.int32), jnp.asarray(scores)))
+    for row in (0, 1, 3):
+        best = np.sort(np.argsort(-scores[row, : visible[row]], kind="stable")[:top_k])
+        np.testing.assert_array_equal(got[row], np.pad(best, (0, top_k - len(best)), constant_values=n))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ds4jax.pallas import attention as _attention
+from ds4jax.pallas import compress as _compress
+from ds4jax.pallas import indexer as _indexer
 from ds4jax.pallas import linear as _linear
 from ds4jax.pallas import quantise as _quantise
 from ds4jax.pallas import store as _store
@@ -18,5 +20,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "linear": _linear.linear,
     "grouped_linear": _linear.grouped_linear,
     "store": _store.store_rows,
+    "compress": _compress.compress,
+    "indexer": _indexer.indexer,
     "attention": _attention.attention,
 }
