@@ -50,7 +50,7 @@ def swiglu(gate: Float[Array, "*s F"], up: Float[Array, "*s F"], limit: float) -
     """`silu(gate) * up` with the gate clamped above and `up` on both sides at `limit`; 0 means no clamp."""
     if limit > 0:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(gate) * up
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def _take(w: Weight, ids: Int[Array, " K"]) -> Weight:

@@ -140,7 +140,7 @@ def floats(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: La
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How kernels read a kind of weight: values per term, the activation's form ("q8", "q8k" or "x"), lanes per step."""
+    """How kernels read a kind of weight: values per term, form of activations ("q8", "q8k", "x"), lanes per step."""
 
     read: Callable[..., Term]
     values: int

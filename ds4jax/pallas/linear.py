@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +14,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
-from ds4jax.pallas.formats import FORMATS, Term, planes, steps
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch
+from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
+from ds4jax.pallas.ptx import Instructions, f32, launch
 from ds4jax.pallas.quantise import act_q8k
 from ds4jax.quants import QTensor
 
@@ -46,17 +48,66 @@ def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bo
     return given
 
 
-def accumulate(terms: Sequence[Term], a: Any, m: Any) -> Array:
-    """Running sums of the lanes over the steps of a row, f32 [lanes]."""
-    total = terms[0](a, m)
-    for term in terms[1:]:
-        total = total + term(a, m)
-    return total
+def row_tiles(total: int) -> tuple[int, int]:
+    """Rows of a program, and the number of programs that share the rows of a call."""
+    rows = min(total, ROWS)
+    return rows, -(-total // rows)
+
+
+def row_numbers(total: int) -> list[Any]:
+    """The rows of this program; beyond the last row, the last one again."""
+    rows, tiles = row_tiles(total)
+    first = pl.program_id(0) * rows
+    return [first + m if tiles * rows == total else jnp.minimum(first + m, total - 1) for m in range(rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dots:
+    """Rows of one weight that a program multiplies: its steps, and for each row how to read a step of it.
+
+    act: (number of the row here, activation row) -> the references that its terms read, and the row in them.
+    """
+
+    steps: Sequence[Lanes]
+    reads: Sequence[Callable[[Lanes], Term]]
+    act: Callable[[int, Any], tuple[Any, Any]]
+
+
+def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
+    """Running sums of the lanes, f32 [lanes], for each activation row and each weight row (all weights in a row).
+
+    Step by step, so that what is loaded of a weight is soon done with, and all before the caller's first store: beyond
+    a store, activations would be loaded again.
+    """
+    totals: list[list[Array]] = [[] for _ in ms]
+    for weight in weights:
+        for number, lanes in enumerate(weight.steps):
+            terms = [read(lanes) for read in weight.reads]
+            for m, total in zip(ms, totals, strict=True):
+                fresh = [term(*weight.act(i, m)) for i, term in enumerate(terms)]
+                if number:
+                    fresh = [a + b for a, b in zip(total[-len(terms) :], fresh, strict=True)]
+                    del total[-len(terms) :]
+                total += fresh
+    return totals
+
+
+def each_row(
+    ptx: Instructions, ms: Sequence[Any], weights: Sequence[Dots], done: Callable[[Any, list[Array]], None]
+) -> None:
+    """Calls `done` with each activation row and its sums.
+
+    Absent rows are computed like others: a branch that waits for the mask costs more than their arithmetic, since the
+    weights are read anyway.
+    """
+    for m, lanes in zip(ms, lane_sums(weights, ms), strict=True):
+        done(m, [ptx.tree_sum(x) for x in lanes])
 
 
 def project(
     live: Array,
     a: Activation,
+    total: int,
     ws: Sequence[Array | QTensor],
     act_row: Callable[[Any, Any, int], Any],
     *,
@@ -66,53 +117,45 @@ def project(
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
     Args:
-        live: which of the output's rows exist, i32 [T'].
+        live: which activation rows exist `[T]`.
+        total: output rows.
         act_row: (output row, weight row, N) -> activation row.
     """
-    total = live.shape[0]
-    rows = min(total, ROWS)
-    tiles = -(-total // rows)
+    tiles = row_tiles(total)[1]
     read = [planes(w) for w in ws]
     sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
     forms = [form(format, a) for format, _ in read]
     programs = [n // tile for n, tile in sizes]
-    mask = jnp.pad(live, (0, tiles * rows - total))
 
-    def kernel(ptx: Instructions, live: Any, acts: Any, weights: Any, *outs: Any) -> None:
-        column, first = pl.program_id(1), pl.program_id(0) * rows
+    def kernel(ptx: Instructions, acts: Any, weights: Any, *outs: Any) -> None:
+        column, ms = pl.program_id(1), row_numbers(total)
 
         def segment(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
             act, out = acts[forms[index]], outs[index]
-            weight_rows = [(column - begin) * tile + i for i in range(tile)]
-            terms = [
-                [FORMATS[format].read(ptx, weights[index], (row,), lanes) for lanes in steps(format, width)]
-                for row in weight_rows
-            ]
+            chosen = [(column - begin) * tile + i for i in range(tile)]
+            reads = [functools.partial(FORMATS[format].read, ptx, weights[index], (row,)) for row in chosen]
+            dots = Dots(steps(format, width), reads, lambda i, m: (act, act_row(m, chosen[i], n)))
 
-            def one(m: Any) -> None:
-                for row, parts in zip(weight_rows, terms, strict=True):
-                    out[m, row] = ptx.tree_sum(accumulate(parts, act, act_row(m, row, n)))
+            def done(m: Any, values: list[Array]) -> None:
+                for row, value in zip(chosen, values, strict=True):
+                    out[m, row] = value
 
-            if tiles == 1:
-                one(0)  # a call without any row does not happen, and a branch costs time
-            for m in range(1 if tiles == 1 else 0, rows):
-                pl.when(live[first + m] != 0)(lambda m=m: one(first + m))
+            each_row(ptx, ms, [dots], done)
 
         begin = 0
         for index, count in enumerate(programs):
-            here = (column >= begin) & (column < begin + count)
             if len(programs) == 1:
                 segment(index, begin)
             else:
-                pl.when(here)(lambda index=index, begin=begin: segment(index, begin))
+                here = (column >= begin) & (column < begin + count)
+                pl.when(here)(functools.partial(segment, index, begin))
             begin += count
 
     return launch(
         kernel,
         tuple(jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes),
         (tiles, sum(programs)),
-        mask,
         activation_planes(live, a, set(forms), interpret),
         [arrays for _, arrays in read],
         name=name,
@@ -123,7 +166,7 @@ def project(
 
 def linear(live: Array, a: Activation, *ws: Array | QTensor, interpret: bool) -> tuple[Array, ...]:
     """Kernel of `ops.linear.linear`."""
-    return project(live.astype(i32), a, ws, lambda m, row, n: m, name="linear", interpret=interpret)
+    return project(live, a, live.shape[0], ws, lambda m, row, n: m, name="linear", interpret=interpret)
 
 
 def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret: bool) -> Array:
@@ -134,4 +177,5 @@ def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret:
     def act_row(m: Any, row: Any, n: int) -> Any:
         return m * groups + row // (n // groups)
 
-    return project(live.astype(i32), flat, (w,), act_row, name="grouped_linear", interpret=interpret)[0]
+    every = jnp.repeat(live, groups)
+    return project(every, flat, live.shape[0], (w,), act_row, name="grouped_linear", interpret=interpret)[0]

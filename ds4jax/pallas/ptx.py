@@ -127,6 +127,28 @@ def _asm(code: str, constraints: str, args: Sequence[Array], dtype: Any) -> Arra
     )[0]
 
 
+def next_power(size: int) -> int:
+    """The smallest power of two >= size: the only sizes that a tile can have."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def split_f16(a: Array) -> tuple[Array, Array]:
+    """Two f16 parts, `high + low 2^-11`, of f32 values below 65504; the error is at most max(2^-22 |a|, 2^-36)."""
+    high = a.astype(jnp.float16)
+    return high, ((a - high.astype(f32)) * 2.0**11).astype(jnp.float16)
+
+
+def dot_split(a: Array, b: Array) -> Array:
+    """`a @ b` for f32 `a [m, k]`; every size is at least 16 on a GPU.
+
+    With f16 `b` on tensor cores: `a` in two parts (`split_f16`), exact products, f32 sums. With f32 `b` in f32.
+    """
+    if b.dtype != jnp.float16:
+        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    high, low = split_f16(a)
+    return jnp.dot(high, b, preferred_element_type=f32) + jnp.dot(low, b, preferred_element_type=f32) * 2.0**-11
+
+
 Index = Any
 """An index of one axis of a reference: a number, `pl.ds`, or an i32 array; arrays broadcast against each other."""
 

@@ -69,13 +69,20 @@ def act_q8(live: Array, x: Array, *, interpret: bool) -> Q8:
     rows, width = x.shape
     size = math.gcd(width, PART)
     size = size if size & (size - 1) == 0 else size & -size
-    shape = Q8(jax.ShapeDtypeStruct((rows, 8, width // 32), i32), jax.ShapeDtypeStruct((rows, width // 32), f32))
+    shapes = [((rows, 8, width // 32), i32), ((rows, width // 32), f32)]
 
     def kernel(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any) -> None:
         _q8_part(ptx, live, x, word, scale, size=size)
 
     word, scale = launch(
-        kernel, (shape.word, shape.scale), (rows, width // size), live, x, name="act_q8", warps=1, interpret=interpret
+        kernel,
+        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
+        (rows, width // size),
+        live,
+        x,
+        name="act_q8",
+        warps=1,
+        interpret=interpret,
     )
     return Q8(word, scale)
 
