@@ -115,8 +115,8 @@ def _select(
                 enough = jnp.sum((key >= candidate).astype(i32)) >= top_k
                 return jnp.where(enough, candidate, low)
 
-            steps = jnp.where(jnp.sum(valid.astype(i32)) > top_k, 32, 0)
-            threshold = lax.fori_loop(0, steps, bisect, jnp.int32(LOWEST))
+            steps = 32 * (jnp.sum(valid.astype(i32)) > top_k).astype(i32)
+            threshold = lax.fori_loop(jnp.int32(0), steps, bisect, jnp.int32(LOWEST))
             above = valid & (key > threshold)
             equal = valid & (key == threshold)
             wanted = top_k - jnp.sum(above.astype(i32))
