@@ -63,10 +63,10 @@ def _gate_up(
         pair = pl.program_id(0)
         t, k = pair // top_k, pair % top_k
         exists, expert, weight = live[t] != 0, ids[t, k], weights[t, k]  # one wait for all of them
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
 
         @pl.when(exists)
         def _() -> None:
-            chosen = [pl.program_id(1) * tile + i for i in range(tile)]
             gate = _dots(ptx, (format1, w1), width, (expert,), chosen, acts[forms[0]])
             up = _dots(ptx, (format3, w3), width, (expert,), chosen, acts[forms[1]])
             (lanes,) = lane_sums([gate, up], [t])
@@ -101,10 +101,10 @@ def _down(live: Array, a: Activation, ids: Array, w2: Weight, *, interpret: bool
     def kernel(ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, out: Any) -> None:
         t = pl.program_id(0)
         exists, experts = live[t] != 0, [ids[t, k] for k in range(top_k)]
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
 
         @pl.when(exists)
         def _() -> None:
-            chosen = [pl.program_id(1) * tile + i for i in range(tile)]
             totals: list[Array] = []
             for k in range(top_k):
                 dots = _dots(ptx, (format2, w2), width, (experts[k],), chosen, acts[taken])

@@ -37,8 +37,14 @@ def form(format: str, a: Activation) -> str:
 def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bool) -> dict[str, dict[str, Array]]:
     """The arrays that terms read, by form."""
     given: dict[str, dict[str, Array]] = {}
+    rows = a.x.shape[0]
     if "x" in forms:
         given["x"] = {"x": a.x}
+    if "q8 float" in forms:  # value of the group, group
+        given["q8 float"] = {"x": jnp.swapaxes(a.x.reshape(rows, -1, 32), 1, 2)}
+    if "q8k float" in forms:  # quarter and byte, word of the quarter
+        parts = a.x.reshape(rows, -1, 2, 4, 8, 4).transpose(0, 3, 5, 1, 2, 4)
+        given["q8k float"] = {"x": parts.reshape(rows, 16, -1)}
     if "q8" in forms:
         assert a.q8 is not None
         given["q8"] = {"word": a.q8.word, "scale": a.q8.scale}
