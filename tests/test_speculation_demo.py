@@ -19,7 +19,7 @@ from ds4jax.model.transformer import DeepSeekV4
 SETTINGS = {"greedy": GREEDY, "sampled": Sampling(temperature=0.8, top_p=0.97)}
 PROMPTS = ["Once upon a time there was a", '"Where are you going?" asked the fox. "I am going']
 
-# Held out of the training, like the first: from the same book, and from Hugh Lofting, The Story of Doctor Dolittle (1920).
+# Held out of the training, like the first: of the same book, and of Hugh Lofting, The Story of Doctor Dolittle (1920).
 PASSAGES = [
     HELD_OUT,
     "By this time the people of the house were all gathered at the gate, but Irene stood alone in front of "
@@ -71,6 +71,38 @@ def test_the_same_text_with_a_hostile_block(monkeypatch, setting):
     assert result.tokens == want.tokens
     assert result.logprobs.tobytes() == want.logprobs.tobytes()
     assert result.stats.accepted[0] < result.stats.drafted[0] / 10
+
+
+def test_stop_strings_and_the_limit_cut_an_accepted_run():
+    """An answer may end at any token of a step; what the device has done beyond it is not part of it."""
+    whole, engine = answer("off", PROMPTS[0], "greedy").tokens, demo(2)
+    cut = 0
+    for end, burst in zip(range(10, 14), (1, 2, 3, 8), strict=True):
+        text = engine.tokenizer.decode(whole[: end + 1])
+        last = text[len(engine.tokenizer.decode(whole[:end])) :]
+        stop = text[-max(6, len(last)) :]
+        options: Any = {"sampling": SETTINGS["greedy"], "seed": 3, "stop_ids": [], "logprobs": True}
+        stopped = engine.stream(PROMPTS[0], burst=burst, stop=[stop], max_new_tokens=100, **options)
+        shown, result = "".join(stopped), stopped.result()
+        assert (shown, result.finish) == (text[: text.index(stop)], "stop")
+        assert result.tokens == whole[: len(result.tokens)] and len(result.logprobs) == len(result.tokens)
+        cut += len(result.tokens) == end + 1
+        limited = engine.stream(PROMPTS[0], burst=burst, max_new_tokens=end, **options)
+        assert ("".join(limited), limited.result().finish) == (engine.tokenizer.decode(whole[:end]), "length")
+        stats = limited.result().stats
+        assert limited.result().tokens == whole[:end] and 1 + stats.steps + sum(stats.accepted) == end
+    assert cut > 2
+
+
+def test_a_cancelled_stream_leaves_the_engine_as_it_was():
+    want = answer(2, PROMPTS[0], "sampled")
+    options: Any = {"sampling": SETTINGS["sampled"], "seed": 3, "max_new_tokens": 100, "stop_ids": []}
+    with demo(2).stream(PROMPTS[0], burst=2, **options) as stream:
+        begun = next(stream) + next(stream)
+    result = stream.result()
+    assert result.finish == "cancelled" and want.text.startswith(result.text) and result.text.startswith(begun)
+    assert result.tokens == want.tokens[: len(result.tokens)] and len(result.tokens) < 30
+    assert demo(2).generate(PROMPTS[0], **options).tokens == want.tokens
 
 
 def test_drafts_are_as_good_as_they_were():
