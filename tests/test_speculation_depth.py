@@ -15,6 +15,7 @@ from ds4jax.decode.sampling import GREEDY
 from ds4jax.decode.speculation import HOPE, MEMORY, Speculation
 from ds4jax.decode.state import Generation
 from ds4jax.errors import ConfigError
+from ds4jax.runconfig import load_numerics
 
 
 def test_one_program_for_every_depth_and_no_way_out_of_it():
@@ -55,7 +56,8 @@ def depth(rule: Speculation, acceptance: list[float]) -> int:
         ([0.3, 0.9, 0.1, 0.1], 0.35, 0),
         ([0.25, 1.0, 1.0, 0.1], 0.2, 3),
         ([0.19, 1.0, 1.0, 1.0], 0.2, 0),
-        ([1.0, 1.0, 1.0, 1.0], 1.01, 0),
+        ([1.0, 1.0, 1.0, 1.0], 1.0, 0),
+        ([1.0, 1.0, 1.0, 1.0], 0.99, 4),
     ],
 )
 def test_depth_gives_the_most_tokens_per_time(acceptance, cost, want):
@@ -90,6 +92,16 @@ def test_a_sequence_that_accepts_nothing_hardly_drafts_and_one_that_accepts_some
             tries, acceptance = step(acceptance, jnp.minimum(jnp.asarray([luck]), rule.depth(acceptance)))
             drafted.append(int(tries[0]) > 0)
         assert least < np.mean(drafted[100:]) < most
+
+
+@pytest.mark.parametrize("preset", ["strict", "perf"])
+def test_the_presets_draft_nothing_of_themselves(preset):
+    """On a CPU a draft takes the time of a token: nothing is gained even where every draft is right."""
+    rule = Speculation.of("auto", load_numerics(preset).draft_cost)
+    acceptance = jnp.ones((1, 4), jnp.float32)
+    for _ in range(3):
+        assert int(rule.depth(acceptance)[0]) == 0
+        acceptance = rule.learn(acceptance, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
 @pytest.mark.parametrize("wrong", ["on", "5", 5, -1, "auto "])
