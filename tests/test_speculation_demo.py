@@ -48,7 +48,7 @@ def demo(speculative: str | int) -> ds4jax.Engine:
 
 @functools.cache
 def answer(speculative: str | int, prompt: str, setting: str) -> Any:
-    options: Any = {"sampling": SETTINGS[setting], "seed": 3, "max_new_tokens": 100, "stop_ids": [], "logprobs": True}
+    options: Any = {"sampling": SETTINGS[setting], "seed": 3, "max_new_tokens": 60, "stop_ids": [], "logprobs": True}
     return demo(speculative).generate(prompt, **options)
 
 
@@ -56,18 +56,17 @@ def answer(speculative: str | int, prompt: str, setting: str) -> Any:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_same_text(prompt, setting):
     want, result = answer("off", prompt, setting), answer(2, prompt, setting)
-    assert result.tokens == want.tokens and len(set(want.tokens)) > 30
+    assert result.tokens == want.tokens and len(set(want.tokens)) > 20
     assert result.logprobs.tobytes() == want.logprobs.tobytes()
     assert result.stats.steps < want.stats.steps * (0.75 if setting == "greedy" else 0.85)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_same_text_with_a_hostile_block(monkeypatch, setting):
+def test_the_same_text_with_a_hostile_block(monkeypatch):
     """Weights of the right kinds in the wrong places: every leaf's first axis is shuffled."""
     chance, engine = np.random.default_rng(0), demo(2)
     mixed = jax.tree.map(lambda a: a[chance.permutation(len(a))] if a.ndim else a, engine.params["mtp"])
     monkeypatch.setattr(engine, "params", {**engine.params, "mtp": mixed})
-    want, result = answer("off", PROMPTS[0], setting), answer.__wrapped__(2, PROMPTS[0], setting)
+    want, result = answer("off", PROMPTS[0], "sampled"), answer.__wrapped__(2, PROMPTS[0], "sampled")
     assert result.tokens == want.tokens
     assert result.logprobs.tobytes() == want.logprobs.tobytes()
     assert result.stats.accepted[0] < result.stats.drafted[0] / 10
@@ -82,7 +81,7 @@ def test_stop_strings_and_the_limit_cut_an_accepted_run():
         last = text[len(engine.tokenizer.decode(whole[:end])) :]
         stop = text[-max(6, len(last)) :]
         options: Any = {"sampling": SETTINGS["greedy"], "seed": 3, "stop_ids": [], "logprobs": True}
-        stopped = engine.stream(PROMPTS[0], burst=burst, stop=[stop], max_new_tokens=100, **options)
+        stopped = engine.stream(PROMPTS[0], burst=burst, stop=[stop], max_new_tokens=60, **options)
         shown, result = "".join(stopped), stopped.result()
         assert (shown, result.finish) == (text[: text.index(stop)], "stop")
         assert result.tokens == whole[: len(result.tokens)] and len(result.logprobs) == len(result.tokens)
@@ -96,7 +95,7 @@ def test_stop_strings_and_the_limit_cut_an_accepted_run():
 
 def test_a_cancelled_stream_leaves_the_engine_as_it_was():
     want = answer(2, PROMPTS[0], "sampled")
-    options: Any = {"sampling": SETTINGS["sampled"], "seed": 3, "max_new_tokens": 100, "stop_ids": []}
+    options: Any = {"sampling": SETTINGS["sampled"], "seed": 3, "max_new_tokens": 60, "stop_ids": []}
     with demo(2).stream(PROMPTS[0], burst=2, **options) as stream:
         begun = next(stream) + next(stream)
     result = stream.result()
