@@ -15,13 +15,15 @@ from ds4jax.errors import ConfigError
 
 OPS = (
     "embed",
+    "norm",
+    "quantise",
     "linear",
     "grouped_linear",
-    "rms_norm",
     "rope_table",
-    "rope",
     "q_norm_rope",
     "kv_norm_rope",
+    "unrotate",
+    "store",
     "hyper_pre",
     "hyper_post",
     "hyper_head",
@@ -33,6 +35,8 @@ OPS = (
     "attention",
 )
 """Names of the operations whose implementation `Numerics.impl` chooses."""
+
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "interpret")
 
 CSA_RATIO = 4
 """The ratio whose compressed windows overlap and that has an indexer, in every reference implementation."""
@@ -131,7 +135,9 @@ class Numerics:
         text is the same, "rejection" with the probability that leaves the distribution the same.
     draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts; measured, for choosing
         how many tokens to draft.
-    impl: implementation of every operation in `OPS`, "xla" or "pallas"; a name is a demand.
+    impl: implementation of every operation in `OPS`: "xla" the reference, "pallas" its GPU kernel, "interpret" the
+        kernel run by Pallas's interpreter on any device, "auto" the kernel where there is one and JAX runs on a GPU,
+        otherwise the reference. A name is a demand.
     xla: compiler options handed to `jax.jit` for every executable.
     """
 
@@ -156,7 +162,9 @@ class Numerics:
             f"impl must name every operation once; missing {missing}, unknown {unknown}",
         )
         for name, chosen in self.impl:
-            _require(chosen in ("xla", "pallas"), f"impl.{name} = {chosen!r}, expected xla or pallas")
+            _require(
+                chosen in IMPLEMENTATIONS, f"impl.{name} = {chosen!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+            )
 
     def implementation(self, op: str) -> str:
         """The implementation demanded for an operation."""

@@ -19,3 +19,7 @@ class CapacityError(Ds4Error):
 
 class RequestError(Ds4Error):
     """A generation request cannot be carried out."""
+
+
+class DeviceError(Ds4Error):
+    """The machine lacks a device that was asked for."""

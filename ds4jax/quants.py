@@ -49,7 +49,8 @@ class QTensor:
         Q8_0: `word` i32 [..., 8, G] (word j of group g holds codes 4j..4j+3, lowest byte first), `d` f16 [..., G]
         IQ2_XXS: `idx` i32 [..., G] (four grid indices), `sign` i32 [..., G] (bit 4j+k = sign of value j of eight k),
             `scale` i32 [..., B] (nibble g = scale of group g), `d` f16 [..., B]
-        Q2_K: `q` i32 [..., 16 B], `s` i32 [..., 4 B], `d` and `dmin` f16 [..., B]; words in file order
+        Q2_K: `q` i32 [..., 16 B] in file order, `s` i32 [..., 4 B] (word 2h + k of a super-block holds the scale bytes
+            of the quarters j = 0..3 of its half h, for the k-th 16 values), `d` and `dmin` f16 [..., B]
         Q4_K: `q` i32 [..., 32 B], `s` i32 [..., 3 B], `d` and `dmin` f16 [..., B]; words in file order
         others: `raw` u8 [..., blocks, block bytes]
     format: GGML name of the type.
@@ -131,7 +132,7 @@ def codes_q8(q: QTensor) -> tuple[Int8[Array, "*rows G 32"], Float32[Array, "*ro
         codes = jnp.swapaxes(_bytes(planes["word"], jnp.int8), -3, -2)  # [..., 8, G, 4] -> [..., G, 8, 4]
         return codes.reshape(*codes.shape[:-2], 32), planes["d"].astype(jnp.float32)
     assert q.format == "IQ2_XXS", q.format
-    level = jnp.asarray(_iq2_xxs_levels())[_bytes(planes["idx"], jnp.uint8).astype(jnp.int32)]  # [..., G, 4]
+    level = jnp.asarray(iq2_xxs_levels())[_bytes(planes["idx"], jnp.uint8).astype(jnp.int32)]  # [..., G, 4]
     level = (level[..., None] >> jnp.arange(0, 16, 2, dtype=jnp.int32)) & 3
     magnitude = 8 + 17 * level + (level >> 1)  # 8, 25, 43
     shift = 4 * jnp.arange(8, dtype=jnp.int32)[None, :] + jnp.arange(4, dtype=jnp.int32)[:, None]
@@ -160,13 +161,45 @@ def codes_k(
     rows = d.shape
     quants = _bytes(planes["q"], jnp.uint8)
     if q.format == "Q2_K":
-        s = _bytes(planes["s"], jnp.uint8).reshape(*rows, 16).astype(jnp.int32)
+        s = _bytes(planes["s"], jnp.uint8).reshape(*rows, 2, 2, 4).astype(jnp.int32)
+        s = jnp.swapaxes(s, -2, -1).reshape(*rows, 16)
         codes = _bit_fields(quants.reshape(*rows, 2, 32), 2, 4)
         return codes.reshape(*rows, 16, 16).astype(jnp.int8), s & 15, s >> 4, d, dmin
     assert q.format == "Q4_K", q.format
     sc, m = _six_bit_scales(_bytes(planes["s"], jnp.uint8).reshape(*rows, 12))
     codes = _bit_fields(quants.reshape(*rows, 4, 32), 4, 2)
     return codes.reshape(*rows, 8, 32).astype(jnp.int8), sc, m, d, dmin
+
+
+def k_scales(
+    q: QTensor,
+) -> tuple[
+    Int32[Array, "*rows L"],
+    Int32[Array, "P *rows L"],
+    Int32[Array, "M *rows L"],
+    Float32[Array, "*rows B"],
+    Float32[Array, "*rows B"],
+]:
+    """Q2_K or Q4_K by words of codes: the words, the sub-scale of each of their P parts, sub-minima, d and dmin.
+
+    Part j of a word are the fields `(word >> (bits * j)) & mask` of its bytes, P = 4 for Q2_K and 2 for Q4_K. There is
+    one sub-minimum per part for Q4_K (M = 2); for Q2_K one per word, word 4k + j of a half holding that of quarter j.
+    """
+    planes = jax.tree.map(jnp.asarray, q.planes)
+    d, dmin = planes["d"].astype(jnp.float32), planes["dmin"].astype(jnp.float32)
+    if q.format == "Q2_K":
+        s = jnp.repeat(planes["s"], 4, axis=-1)
+        sc = jnp.stack([(s >> (8 * j)) & 15 for j in range(4)])
+        m = (s >> (8 * (jnp.arange(s.shape[-1], dtype=jnp.int32) % 4) + 4)) & 15
+        return planes["q"], sc, m[None], d, dmin
+    assert q.format == "Q4_K", q.format
+
+    def per_word(values: Array) -> Array:
+        pairs = jnp.moveaxis(values.reshape(*values.shape[:-1], 4, 2), -1, 0)
+        return jnp.repeat(pairs.reshape(2, *d.shape[:-1], -1), 8, axis=-1)
+
+    sc, m = _six_bit_scales(_bytes(planes["s"], jnp.uint8).reshape(*d.shape, 12))
+    return planes["q"], per_word(sc), per_word(m), d, dmin
 
 
 # Codebooks, taken from gguf.quants.
@@ -180,7 +213,7 @@ def _grid(format: str) -> Float32[np.ndarray, "n width"]:
 
 
 @functools.cache
-def _iq2_xxs_levels() -> np.ndarray:
+def iq2_xxs_levels() -> np.ndarray:
     """The IQ2_XXS grid, i32 [256], as eight 2-bit levels per entry: one gathered word per eight values."""
     level = np.searchsorted([8.0, 25.0, 43.0], _grid("IQ2_XXS"))
     return (level << np.arange(0, 16, 2)).sum(-1).astype(np.int32)

@@ -87,9 +87,10 @@ def _unpack_iq2_xxs(planes: Planes) -> np.ndarray:
 
 
 def _pack_q2_k(blocks: np.ndarray) -> Planes:
+    scales = blocks[..., :16].reshape(*blocks.shape[:-1], 2, 4, 2)  # half, quarter, 16 values
     return {
         "q": _flat(_words(blocks[..., 16:80])),
-        "s": _flat(_words(blocks[..., :16])),
+        "s": _flat(_words(np.swapaxes(scales, -2, -1).reshape(*blocks.shape[:-1], 16))),
         "d": _halves(blocks[..., 80:82]),
         "dmin": _halves(blocks[..., 82:84]),
     }
@@ -97,7 +98,9 @@ def _pack_q2_k(blocks: np.ndarray) -> Planes:
 
 def _unpack_q2_k(planes: Planes) -> np.ndarray:
     n = planes["d"].shape[-1]
-    return np.concatenate([_block_bytes(planes[name], n) for name in ("s", "q", "d", "dmin")], -1)
+    q, s, d, dmin = (_block_bytes(planes[name], n) for name in ("q", "s", "d", "dmin"))
+    scales = np.swapaxes(s.reshape(*s.shape[:-1], 2, 2, 4), -2, -1).reshape(s.shape)
+    return np.concatenate([scales, q, d, dmin], -1)
 
 
 def _pack_q4_k(blocks: np.ndarray) -> Planes:

@@ -95,24 +95,49 @@ def ordered_sum_numpy(terms: np.ndarray) -> np.ndarray:
         total[..., lane] = terms[..., index] if index < lanes else total[..., lane] + terms[..., index]
     while lanes > 1:
         lanes //= 2
-        total = total[..., :lanes] + total[..., lanes : 2 * lanes]
+        total = total[..., 0::2] + total[..., 1::2]
     return total[..., 0]
 
 
-def quantised_dot_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarray:
-    """`x [T, K] . w^T` with int8 activations; every product and sum is one float32 operation."""
+def quantised_terms_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """What the lanes of `x [T, K] . w^T` add, [T, N, lanes]: every product and difference is one float32 operation."""
     if name in ("Q8_0", "IQ2_XXS"):
         codes, scale = groups_numpy(name, raw)
         q, xscale = act_q8_numpy(x)
         isum = (q[:, None] * codes[None]).sum(-1)
-        return ordered_sum_numpy(isum.astype(f32) * (scale[None] * xscale[:, None]))
+        return isum.astype(f32) * (scale[None] * xscale[:, None])
     codes, sc, m, d, dmin = superblocks_numpy(name, raw)
     q, xscale = act_q8k_numpy(x)
+    codes = codes.reshape(*codes.shape[:2], 256)
     q = q.reshape(len(x), 1, *codes.shape[1:])
-    values = (sc * (q * codes).sum(-1)).sum(-1).astype(f32)
-    minima = (m * q.sum(-1)).sum(-1).astype(f32)
+    words, parts, wide = (16, 4, 32) if name == "Q2_K" else (32, 2, 32)
+    size = 256 // sc.shape[-1]
+    values, minima = np.zeros((2, len(x), *codes.shape[:2], words), i32)
+    for word in range(words):
+        chunk, byte = divmod(word, 8)
+        for part in range(parts):
+            first = chunk * wide * parts + part * wide + 4 * byte
+            four, sub = slice(first, first + 4), first // size
+            values[..., word] += sc[..., sub] * (q[..., four] * codes[..., four]).sum(-1)
+            if name == "Q4_K":
+                minima[..., word] += m[..., sub] * q[..., four].sum(-1)
+        if name == "Q2_K":  # word 4k + j of a half: sub-block k of its quarter j
+            sub = chunk * 8 + 2 * (byte % 4) + byte // 4
+            minima[..., word] = m[..., sub] * q[..., sub * size : (sub + 1) * size].sum(-1)
     xs = xscale[:, None]
-    return ordered_sum_numpy((d * xs) * values - (dmin * xs) * minima)
+    terms = (d * xs)[..., None] * values.astype(f32) - (dmin * xs)[..., None] * minima.astype(f32)
+    return terms.reshape(*terms.shape[:2], -1)
+
+
+def quantised_dot_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    """`x [T, K] . w^T` with int8 activations."""
+    return ordered_sum_numpy(quantised_terms_numpy(name, x, raw))
+
+
+def whole_lanes_numpy(terms: np.ndarray) -> np.ndarray:
+    """Zeros behind the last axis, up to a multiple of the lanes of `ordered_sum_numpy`."""
+    lanes = min(128, 1 << (terms.shape[-1] - 1).bit_length())
+    return np.concatenate([terms, np.zeros((*terms.shape[:-1], -terms.shape[-1] % lanes), f32)], -1)
 
 
 def packed(name: str, raw: np.ndarray, shape: tuple[int, ...]) -> QTensor:

@@ -13,9 +13,10 @@ COMPUTING = {
     "errors": set(),
     "config": {"errors"},
     "quants": {"errors", "config"},
-    "ops": {"errors", "config", "quants"},
-    "pallas": {"errors", "config", "quants"},
-    "model": {"errors", "config", "quants", "ops"},
+    "activation": set(),
+    "ops": {"errors", "config", "quants", "activation"},
+    "pallas": {"errors", "config", "quants", "activation"},
+    "model": {"errors", "config", "quants", "activation", "ops"},
     "decode": {"errors", "config", "quants", "ops", "model"},
 }
 LOADING = {

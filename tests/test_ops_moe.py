@@ -7,12 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantised_numpy import packed, quantised_dot_numpy, random_blocks
+from quantised_numpy import (
+    ordered_sum_numpy,
+    packed,
+    quantised_dot_numpy,
+    quantised_terms_numpy,
+    random_blocks,
+    whole_lanes_numpy,
+)
 
+from ds4jax.activation import Activation
 from ds4jax.ops import moe
+from ds4jax.ops.quantise import quantise
 
 PURE = golden.pure()
-route = jax.jit(functools.partial(moe.route, precision="highest"), static_argnames=("top_k", "scale"))
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "scale"))
+def route(x, *args, top_k, scale):
+    return moe.route(Activation(x, None), *args, top_k=top_k, scale=scale, precision="highest")
+
+
+def experts(function, **settings):
+    """An operation over rows of floats."""
+    return jax.jit(lambda x, *args: function(quantise(x, act=settings["act"]), *args, **settings))
+
+
 router_scores = jax.jit(functools.partial(moe.router_scores, precision="highest"))
 swiglu = jax.jit(moe.swiglu, static_argnames="limit")
 EXPERT_TYPES = {"w1": "IQ2_XXS", "w3": "IQ2_XXS", "w2": "Q2_K"}
@@ -99,32 +119,30 @@ def test_routed_experts_match_float64(rows):
         for t in range(rows)
     ]
     floats = [jnp.asarray(a.astype(np.float32)) for a in (weights, w1, w3, w2)]
-    function = jax.jit(lambda *a: moe.routed_experts(*a, limit=2.0, **SETTINGS))
+    function = experts(moe.routed_experts, limit=2.0, **SETTINGS)
     got = function(jnp.asarray(x.astype(np.float32)), jnp.asarray(ids.astype(np.int32)), *floats)
     np.testing.assert_allclose(np.asarray(got), np.stack(want), rtol=0, atol=3e-5)
 
 
 def test_quantised_experts_match_numpy_exactly():
     """Gate, up, clamp, router weight before `w2`, down, and the sum in order, with int8 activations throughout."""
-    rng, rows, width, experts = np.random.default_rng(3), 3, 256, 4
-    raw = {
-        name: random_blocks(kind, experts * width, 1, seed) for seed, (name, kind) in enumerate(EXPERT_TYPES.items())
-    }
-    shape = (experts, width, width)
-    stored = {n: packed(kind, raw[n].reshape(experts, width, -1), shape) for n, kind in EXPERT_TYPES.items()}
+    rng, rows, width, count = np.random.default_rng(3), 3, 256, 4
+    raw = {name: random_blocks(kind, count * width, 1, seed) for seed, (name, kind) in enumerate(EXPERT_TYPES.items())}
+    shape = (count, width, width)
+    stored = {n: packed(kind, raw[n].reshape(count, width, -1), shape) for n, kind in EXPERT_TYPES.items()}
     x = rng.standard_normal((rows, width)).astype(np.float32)
-    ids = np.stack([rng.permutation(experts)[:2] for _ in range(rows)]).astype(np.int32)
+    ids = np.stack([rng.permutation(count)[:2] for _ in range(rows)]).astype(np.int32)
     weights = rng.uniform(0.1, 1, (rows, 2)).astype(np.float32)
     want = []
     for t in range(rows):
         parts = []
         for e, weight in zip(ids[t], weights[t], strict=True):
-            block = {name: raw[name].reshape(experts, width, -1)[e] for name in raw}
+            block = {name: raw[name].reshape(count, width, -1)[e] for name in raw}
             gate, up = (quantised_dot_numpy(EXPERT_TYPES[n], x[t : t + 1], block[n]) for n in ("w1", "w3"))
             hidden = np.asarray(swiglu(gate, up, limit=2.0)) * weight
-            parts.append(quantised_dot_numpy(EXPERT_TYPES["w2"], hidden, block["w2"])[0])
-        want.append(parts[0] + parts[1])
-    function = jax.jit(lambda *a: moe.routed_experts(*a, limit=2.0, act="q8", precision="highest"))
+            parts.append(whole_lanes_numpy(quantised_terms_numpy(EXPERT_TYPES["w2"], hidden, block["w2"])[0]))
+        want.append(ordered_sum_numpy(np.concatenate(parts, -1)))
+    function = experts(moe.routed_experts, limit=2.0, act="q8", precision="highest")
     got = function(jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights), stored["w1"], stored["w3"], stored["w2"])
     np.testing.assert_array_equal(np.asarray(got), np.stack(want))
 
@@ -133,6 +151,6 @@ def test_shared_expert_matches_float64():
     rng = np.random.default_rng(2)
     x, w1, w3, w2 = (rng.standard_normal(s) for s in ((4, 16), (12, 16), (12, 16), (16, 12)))
     want = np.stack([expert_numpy(row, w1, w3, w2, 1.0) for row in x])
-    function = jax.jit(lambda *a: moe.shared_expert(*a, limit=1.0, **SETTINGS))
+    function = experts(moe.shared_expert, limit=1.0, **SETTINGS)
     got = function(*(jnp.asarray(a.astype(np.float32)) for a in (x, w1, w3, w2)))
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=2e-5)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.activation import Activation
 from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
-from ds4jax.model.cache import CompressorCache, LayerCache, Rows, write
+from ds4jax.model.cache import CompressorCache, LayerCache, Rows
 from ds4jax.ops.attention import attention_sequence, index_query, index_scores
 from ds4jax.ops.compress import compress_sequence
 from ds4jax.ops.rows import Live
@@ -35,13 +36,12 @@ class Compressor(Layer):
         self.ape = self.weight("ape", self.ratio, both, init=nn.initializers.zeros)
         self.norm_weight = self.weight("norm", self.width)
 
-    def __call__(
-        self, x: Float[Array, "T D"], rows: Rows, cache: CompressorCache, frequencies: Array
-    ) -> CompressorCache:
+    def __call__(self, a: Activation, rows: Rows, cache: CompressorCache, frequencies: Array) -> CompressorCache:
         """Stores the projections of every row and the compressed rows that these complete."""
         place = rows.position % cache.values.shape[1]
-        values = write(cache.values, rows.sequence, place, rows.live, self.linear(x, self.wkv, rows.live))
-        gates = write(cache.gates, rows.sequence, place, rows.live, self.linear(x, self.wgate, rows.live))
+        value, gate = self.linears(a, (self.wkv, self.wgate), rows.live)
+        values = self.store(cache.values, rows.sequence, place, rows.live, value)
+        gates = self.store(cache.gates, rows.sequence, place, rows.live, gate)
         emitted = self._windows(rows, cache.rows.shape[0])
         fresh = self.op(
             "compress",
@@ -52,7 +52,7 @@ class Compressor(Layer):
             eps=self.config.rms_norm_eps,
             simulate=self.simulate,
         )
-        stored = write(cache.rows, emitted.sequence, emitted.position, emitted.live, fresh)
+        stored = self.store(cache.rows, emitted.sequence, emitted.position, emitted.live, fresh)
         return CompressorCache(values, gates, stored)
 
     def _windows(self, rows: Rows, batch: int) -> Rows:
@@ -66,11 +66,11 @@ class Compressor(Layer):
     def sequence(self, x: Float[Array, "B S D"], frequencies: Array) -> Float[Array, "B n e"]:
         """All rows of whole sequences."""
         live = Live.all(x.shape[0] * x.shape[1])
-        flat = x.reshape(-1, x.shape[-1])
-        shape = (*x.shape[:2], -1)
+        flat = self.quantised(x.reshape(-1, x.shape[-1]), live)
+        value, gate = self.linears(flat, (self.wkv, self.wgate), live)
         return compress_sequence(
-            self.linear(flat, self.wkv, live).reshape(shape),
-            self.linear(flat, self.wgate, live).reshape(shape),
+            value.reshape(*x.shape[:2], -1),
+            gate.reshape(*x.shape[:2], -1),
             self.ape,
             self.norm_weight,
             frequencies,
@@ -91,12 +91,12 @@ class Indexer(Layer):
         self.compressor = Compressor(c, self.numerics, CSA_RATIO, c.index_head_dim, simulate)
 
     def __call__(
-        self, x: Array, latent: Array, rows: Rows, cache: CompressorCache, table: Table, frequencies: Array
+        self, a: Activation, latent: Activation, rows: Rows, cache: CompressorCache, table: Table, frequencies: Array
     ) -> tuple[Int[Array, "T k"], CompressorCache]:
         c = self.config
-        cache = self.compressor(x, rows, cache, frequencies)
+        cache = self.compressor(a, rows, cache, frequencies)
         q = self.linear(latent, self.wq_b, rows.live).reshape(-1, c.index_n_heads, c.index_head_dim)
-        weights = self.linear(x, self.w, rows.live)
+        weights = self.linear(a, self.w, rows.live)
         ids = self.op(
             "indexer",
             rows.live,
@@ -115,10 +115,10 @@ class Indexer(Layer):
         c, (batch, s, _) = self.config, x.shape
         keys = self.compressor.sequence(x, frequencies)
         live = Live.all(batch * s)
-        q = self.linear(latent.reshape(batch * s, -1), self.wq_b, live)
+        q = self.linear(self.quantised(latent.reshape(batch * s, -1), live), self.wq_b, live)
         q = q.reshape(batch * s, c.index_n_heads, c.index_head_dim)
         q = index_query(q, *table, simulate=self.numerics.sim_index)
-        weights = self.linear(x.reshape(batch * s, -1), self.w, live)
+        weights = self.linear(self.quantised(x.reshape(batch * s, -1), live), self.w, live)
 
         def score(q: Array, weights: Array, keys: Array) -> Array:
             return index_scores(q, weights, jnp.broadcast_to(keys, (s, *keys.shape)), self.numerics.precision)
@@ -162,19 +162,22 @@ class Attention(Layer):
         if self.ratio == CSA_RATIO:
             self.indexer = Indexer(c, self.numerics)
 
-    def queries(self, x: Array, live: Live, table: Table) -> tuple[Float[Array, "T R"], Float[Array, "T N d"]]:
-        """The normed query latent, which the indexer shares, and the finished queries."""
+    def project(
+        self, a: Activation, live: Live, table: Table
+    ) -> tuple[Activation, Float[Array, "T N d"], Float[Array, "T d"]]:
+        """The normed query latent, which the indexer shares, the finished queries, and raw rows before storage."""
         c = self.config
-        latent = self.normed(self.linear(x, self.wq_a, live), self.q_norm, live)
+        low, kv = self.linears(a, (self.wq_a, self.wkv), live)
+        latent = self.normed(low, self.q_norm, live)
         q = self.linear(latent, self.wq_b, live).reshape(-1, c.num_attention_heads, c.head_dim)
-        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps)
+        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), self.keys(kv, live, table)
 
-    def keys(self, x: Array, live: Live, table: Table) -> Float[Array, "T d"]:
-        """Finished raw rows, before storage."""
+    def keys(self, kv: Float[Array, "T d"], live: Live, table: Table) -> Float[Array, "T d"]:
+        """Finished raw rows of projected ones."""
         return self.op(
             "kv_norm_rope",
             live,
-            (self.linear(x, self.wkv, live), *table),
+            (kv, *table),
             (self.kv_norm,),
             eps=self.config.rms_norm_eps,
             simulate=self.numerics.sim_kv,
@@ -182,40 +185,34 @@ class Attention(Layer):
 
     def output(self, o: Float[Array, "T N d"], live: Live, table: Table) -> Float[Array, "T D"]:
         """Takes the rotation of the values back and projects."""
-        o = self.op("rope", live, (o, *table), inverse=True)
-        grouped = o.reshape(o.shape[0], self.config.o_groups, -1)
-        low = self.op(
-            "grouped_linear",
-            live,
-            (grouped,),
-            (self.wo_a,),
-            act=self.numerics.act,
-            precision=self.numerics.precision,
-        )
-        return self.linear(low, self.wo_b, live)
+        a = self.op("unrotate", live, (o, *table), groups=self.config.o_groups, act=self.numerics.act)
+        low = self.op("grouped_linear", live, (a,), (self.wo_a,), precision=self.numerics.precision)
+        return self.linear(self.quantised(low, live), self.wo_b, live)
 
-    def append(self, x: Array, rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
-        """Stores the raw rows."""
-        kv = self.keys(x, rows.live, table)
+    def append(self, a: Activation, rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
+        """Stores the raw rows alone."""
+        return self._stored(self.keys(self.linear(a, self.wkv, rows.live), rows.live, table), rows, cache)
+
+    def _stored(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache) -> LayerCache:
         place = rows.position % cache.raw.shape[1]
-        return dataclasses.replace(cache, raw=write(cache.raw, rows.sequence, place, rows.live, kv))
+        return dataclasses.replace(cache, raw=self.store(cache.raw, rows.sequence, place, rows.live, kv))
 
     def __call__(
-        self, x: Float[Array, "T D"], rows: Rows, cache: LayerCache, table: Table, frequencies: Array, first: int = 0
+        self, a: Activation, rows: Rows, cache: LayerCache, table: Table, frequencies: Array, first: int = 0
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """`first` is the lowest position that holds a raw row: 1 for the MTP block, whose rows need a predecessor."""
         c = self.config
-        latent, q = self.queries(x, rows.live, table)
-        cache = self.append(x, rows, cache, table)
+        latent, q, kv = self.project(a, rows.live, table)
+        cache = self._stored(kv, rows, cache)
         ids, visible, compressed = None, None, None
         if self.ratio:
             assert cache.compressor is not None, "a compressed layer needs a compressor cache"
-            state = self.compressor(x, rows, cache.compressor, frequencies)
+            state = self.compressor(a, rows, cache.compressor, frequencies)
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
             visible = rows.visible(self.ratio)
         if self.ratio == CSA_RATIO:
             assert cache.indexer is not None, "a CSA layer needs an indexer cache"
-            ids, index = self.indexer(x, latent, rows, cache.indexer, table, frequencies)
+            ids, index = self.indexer(a, latent, rows, cache.indexer, table, frequencies)
             cache, visible = dataclasses.replace(cache, indexer=index), None
         o = self.op(
             "attention",
@@ -234,9 +231,8 @@ class Attention(Layer):
         """Whole sequences; `earlier` replaces the raw rows of earlier positions (chained drafts)."""
         c, (batch, s, _) = self.config, x.shape
         live = Live.all(batch * s)
-        flat = x.reshape(batch * s, -1)
-        latent, q = self.queries(flat, live, table)
-        kv = self.keys(flat, live, table).reshape(batch, s, -1)
+        latent, q, kv = self.project(self.quantised(x.reshape(batch * s, -1), live), live, table)
+        kv = kv.reshape(batch, s, -1)
         compressed, selected = jnp.zeros((batch, 0, c.head_dim)), jnp.zeros((batch, s, 0), bool)
         scores = None
         if self.ratio:
@@ -248,7 +244,7 @@ class Attention(Layer):
             selected = visible
             if self.ratio == CSA_RATIO:
                 # The indexer learns from its own loss only, and the trunk not from it.
-                inputs = jax.lax.stop_gradient((x, latent.reshape(batch, s, -1)))
+                inputs = jax.lax.stop_gradient((x, latent.x.reshape(batch, s, -1)))
                 scores = self.indexer.sequence(*inputs, table, frequencies)
                 selected = select(scores, visible, c.index_topk)
         o, row_scores = attention_sequence(

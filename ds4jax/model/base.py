@@ -6,9 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ds4jax import ops
+from ds4jax.activation import Activation
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.ops.rows import Live
 
@@ -38,10 +39,29 @@ class Layer(nn.Module):
         """`ops.call` with this module's numerics."""
         return ops.call(name, self.numerics, live, rows, shared, **settings)
 
-    def linear(self, x: Float[Array, "T K"], w: Any, live: Live) -> Float[Array, "T N"]:
-        """One projection."""
-        return self.op("linear", live, (x,), (w,), act=self.numerics.act, precision=self.numerics.precision)
+    def quantised(self, x: Float[Array, "T *lead K"], live: Live) -> Activation:
+        """Rows with their int8 codes where activations are quantised."""
+        return self.op("quantise", live, (x,), act=self.numerics.act)
 
-    def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Float[Array, "T D"]:
-        """Weighted RMS norm."""
-        return self.op("rms_norm", live, (x,), (weight,), eps=self.config.rms_norm_eps)
+    def linear(self, a: Activation, w: Any, live: Live) -> Float[Array, "T N"]:
+        """One projection."""
+        return self.linears(a, (w,), live)[0]
+
+    def linears(self, a: Activation, ws: tuple[Any, ...], live: Live) -> tuple[Float[Array, "T N"], ...]:
+        """Projections of the same rows."""
+        return self.op("linear", live, (a,), ws, precision=self.numerics.precision)
+
+    def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Activation:
+        """Weighted RMS norm, ready for projections."""
+        return self.op("norm", live, (x,), (weight,), eps=self.config.rms_norm_eps, act=self.numerics.act)
+
+    def store(
+        self,
+        target: Float[Array, "B cap e"],
+        sequence: Int[Array, " T"],
+        place: Int[Array, " T"],
+        live: Live,
+        rows: Float[Array, "T e"],
+    ) -> Float[Array, "B cap e"]:
+        """The target with the live rows at `[sequence, place]`."""
+        return self.op("store", live, (rows, sequence, place), (target,))

@@ -10,7 +10,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ds4jax.config import CSA_RATIO, ModelConfig, Numerics
@@ -115,22 +114,3 @@ def cache_nbytes(config: ModelConfig, numerics: Numerics, batch: int, context: i
 def commit(cache: Cache, length: Int[Array, " B"]) -> Cache:
     """The cache at another committed length: forward after a call, or back to take rows away."""
     return dataclasses.replace(cache, length=length)
-
-
-def write(
-    target: Float[Array, "B cap e"],
-    sequence: Int[Array, " T"],
-    place: Int[Array, " T"],
-    live: Live,
-    rows: Float[Array, "T e"],
-) -> Float[Array, "B cap e"]:
-    """Stores the live rows at `[sequence, place]` in the target's format."""
-    # Without the barrier XLA:GPU may skip the narrowing for a reader that it fuses with the write.
-    stored = lax.optimization_barrier(rows.astype(target.dtype))
-
-    # A loop, because XLA:CPU turns a scatter of one row into an update that it repeats, with a copy, in every reader.
-    def body(step: Array, target: Array) -> Array:
-        row = live.order[step]
-        return lax.dynamic_update_slice(target, stored[row][None, None], (sequence[row], place[row], jnp.int32(0)))
-
-    return lax.fori_loop(0, live.count, body, target)

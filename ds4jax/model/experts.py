@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ds4jax.activation import Activation
 from ds4jax.model.base import Layer
 from ds4jax.ops.linear import dense
 from ds4jax.ops.moe import swiglu
@@ -24,11 +25,11 @@ class SharedExpert(Layer):
         self.w3 = self.weight("w3", c.moe_intermediate_size, c.hidden_size)
         self.w2 = self.weight("w2", c.hidden_size, c.moe_intermediate_size)
 
-    def __call__(self, x: Float[Array, "T D"], live: Live) -> Float[Array, "T D"]:
+    def __call__(self, a: Activation, live: Live) -> Float[Array, "T D"]:
         return self.op(
             "shared_expert",
             live,
-            (x,),
+            (a,),
             (self.w1, self.w3, self.w2),
             limit=self.limit,
             act=self.numerics.act,
@@ -56,37 +57,37 @@ class MoE(Layer):
         self.w2 = self.weight("w2", experts, c.hidden_size, wide)
         self.shared = SharedExpert(c, self.numerics, c.swiglu_limit_shared[self.layer])
 
-    def route(self, x: Array, tokens: Array, live: Live) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    def route(self, a: Activation, tokens: Array, live: Live) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
         """Expert ids and weights of every row."""
         c = self.config
         ids = jnp.take(self.tid2eid, tokens, axis=0) if self.hashed else None
         return self.op(
             "router",
             live,
-            (x, ids),
+            (a, ids),
             (self.gate, None if self.hashed else self.bias),
             top_k=c.num_experts_per_tok,
             scale=c.routed_scaling_factor,
             precision=self.numerics.precision,
         )
 
-    def __call__(self, x: Float[Array, "T D"], tokens: Int[Array, " T"], live: Live) -> Array:
-        ids, weights = self.route(x, tokens, live)
+    def __call__(self, a: Activation, tokens: Int[Array, " T"], live: Live) -> Float[Array, "T D"]:
+        ids, weights = self.route(a, tokens, live)
         routed = self.op(
             "routed_experts",
             live,
-            (x, ids, weights),
+            (a, ids, weights),
             (self.w1, self.w3, self.w2),
             limit=self.config.swiglu_limit[self.layer],
             act=self.numerics.act,
             precision=self.numerics.precision,
         )
-        return routed + self.shared(x, live)
+        return routed + self.shared(a, live)
 
-    def sequence(self, x: Float[Array, "T D"], tokens: Int[Array, " T"]) -> tuple[Array, Float[Array, " E"]]:
+    def sequence(self, a: Activation, tokens: Int[Array, " T"]) -> tuple[Array, Float[Array, " E"]]:
         """All experts for every row, weighted by zero where not chosen; also the share of rows each expert got."""
-        live = Live.all(x.shape[0])
-        ids, weights = self.route(x, tokens, live)
+        x, live = a.x, Live.all(a.x.shape[0])
+        ids, weights = self.route(a, tokens, live)
         chosen = jax.nn.one_hot(ids, self.config.n_routed_experts)
         share = jnp.einsum("tk,tke->te", weights, chosen)
         w1, w3, w2 = dense(self.w1), dense(self.w3), dense(self.w2)
@@ -95,7 +96,7 @@ class MoE(Layer):
         up = jnp.einsum("td,efd->tef", x, w3, precision=precision)
         hidden = swiglu(gate, up, self.config.swiglu_limit[self.layer]) * share[..., None]
         routed = jnp.einsum("tef,edf->td", hidden, w2, precision=precision)
-        return routed + self.shared(x, live), jnp.mean(chosen, axis=(0, 1))
+        return routed + self.shared(a, live), jnp.mean(chosen, axis=(0, 1))
 
 
 def _even_table(shape: tuple[int, int], experts: int) -> Int[Array, "V K"]:

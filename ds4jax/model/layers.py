@@ -127,7 +127,7 @@ class DecoderLayer(Layer):
         live = Live.all(batch * s)
         x = x.reshape(batch * s, *x.shape[2:])
         y, post, mixing = self.hc_attn.pre(x, live)
-        y = self.normed(y, self.attn_norm, live).reshape(batch, s, -1)
+        y = self.normed(y, self.attn_norm, live).x.reshape(batch, s, -1)
         out, keys = self.attn.sequence(y, table, frequencies, earlier)
         x = self.hc_attn.post(out.reshape(batch * s, -1), x, post, mixing, live)
         y, post, mixing = self.hc_ffn.pre(x, live)

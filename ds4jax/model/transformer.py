@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.activation import Activation
 from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import Cache, Rows
@@ -43,7 +44,7 @@ class MTPBlock(Layer):
         flat = self.normed(streams.reshape(t * h, d), self.hnorm, every)
         return e[:, None] + self.linear(flat, self.h_proj, every).reshape(t, h, d)
 
-    def collapse(self, streams: Float[Array, "T H D"], live: Live) -> Float[Array, "T D"]:
+    def collapse(self, streams: Float[Array, "T H D"], live: Live) -> Activation:
         """Input of the vocabulary head."""
         return self.normed(self.hc_head(streams, live), self.norm_weight, live)
 
@@ -98,7 +99,7 @@ class DeepSeekV4(Layer):
         embedded = self._embedded(tokens, live)
         return jnp.broadcast_to(embedded[:, None], (embedded.shape[0], self.config.hc_mult, embedded.shape[1]))
 
-    def _head(self, hidden: Float[Array, "T D"], live: Live) -> Float[Array, "T V"]:
+    def _head(self, hidden: Activation, live: Live) -> Float[Array, "T V"]:
         return self.linear(hidden, self.head, live)
 
     def __call__(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from ds4jax import pallas
 from ds4jax.config import Numerics
 from ds4jax.errors import ConfigError
 from ds4jax.ops import attention as _attention
@@ -20,18 +21,22 @@ from ds4jax.ops import hyper as _hyper
 from ds4jax.ops import linear as _linear
 from ds4jax.ops import moe as _moe
 from ds4jax.ops import norm as _norm
+from ds4jax.ops import quantise as _quantise
 from ds4jax.ops import rope as _rope
+from ds4jax.ops import store as _store
 from ds4jax.ops.rows import Live, map_rows
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "embed": _linear.embed,
+    "norm": _norm.norm,
+    "quantise": _quantise.quantise,
     "linear": _linear.linear,
     "grouped_linear": _linear.grouped_linear,
-    "rms_norm": _norm.rms_norm,
     "rope_table": _rope.rope_table,
-    "rope": _rope.rotate,
     "q_norm_rope": _rope.q_norm_rope,
     "kv_norm_rope": _rope.kv_norm_rope,
+    "unrotate": _rope.unrotate,
+    "store": _store.store,
     "hyper_pre": _hyper.hyper_pre,
     "hyper_post": _hyper.hyper_post,
     "hyper_head": _hyper.hyper_head,
@@ -44,17 +49,29 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
-def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
-    chosen = num.implementation(name)
-    if chosen != "xla":
-        raise ConfigError(f'ops.{name}: there is no {chosen} kernel for it; set impl.{name} = "xla"')
-    function = functools.partial(_REFERENCE[name], **dict(settings))
+def _reference(name: str, num: Numerics, live: Live, rows: Any, shared: Any, settings: dict[str, Any]) -> Any:
+    function = functools.partial(_REFERENCE[name], **settings)
+    if name == "store":
+        return function(live, *rows, *shared)
 
     def call(*row_args: Any) -> Any:
         return function(*row_args, *shared)
 
     return map_rows(call, live, *rows) if num.rows == "loop" else call(*rows)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
+def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
+    chosen = num.implementation(name)
+    if chosen == "auto":
+        chosen = "pallas" if jax.default_backend() == "gpu" and name in pallas.KERNELS else "xla"
+    if chosen == "xla":
+        return _reference(name, num, live, rows, shared, dict(settings))
+    if name not in pallas.KERNELS:
+        raise ConfigError(f'impl.{name} = "{chosen}": there is no kernel for this operation; set it to "xla"')
+    # Kernels have one precision for float products: float32.
+    wanted = {key: value for key, value in settings if key != "precision"}
+    return pallas.KERNELS[name](live.mask, *rows, *shared, interpret=chosen == "interpret", **wanted)
 
 
 def call(name: str, num: Numerics, live: Live, rows: tuple[Any, ...], shared: tuple[Any, ...], **settings: Any) -> Any:

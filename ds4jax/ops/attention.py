@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.ops.rope import rotate
 from ds4jax.ops.simulate import fp4_round_trip, hadamard
+from ds4jax.ops.sums import ordered_sum
 
 BLOCK = 64  # compressed rows read per step; part of the definition of the result
 
@@ -25,10 +26,10 @@ def index_query(
 def index_scores(
     q: Float[Array, "T N d"], weights: Float[Array, "T N"], rows: Float[Array, "T n d"], precision: str
 ) -> Float[Array, "T n"]:
-    """`sum_h weight_h * relu(q_h . row) / sqrt(d * N)` (Lightning indexer, DeepSeek-V3.2)."""
-    dots = jnp.maximum(jnp.einsum("tnd,tkd->tnk", q, rows, precision=precision), 0.0)
+    """`sum_h weight_h * relu(q_h . row) / sqrt(d * N)` (Lightning indexer, DeepSeek-V3.2), an `ordered_sum`."""
+    dots = jnp.maximum(jnp.einsum("tnd,tkd->tkn", q, rows, precision=precision), 0.0)
     scale = jnp.float32(1 / math.sqrt(q.shape[1] * q.shape[2]))
-    return jnp.einsum("tn,tnk->tk", weights * scale, dots, precision=precision)
+    return ordered_sum((weights * scale)[:, None] * dots)
 
 
 def indexer(
@@ -57,7 +58,9 @@ def indexer(
     def score(block: Array, scores: Array) -> Array:
         keys = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, 1)[sequence].astype(jnp.float32)
         index = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
-        fresh = jnp.where(index < visible[:, None], index_scores(q, weights, keys, precision), -jnp.inf)
+        fresh = index_scores(q, weights, keys, precision)
+        fresh = jnp.where(fresh == 0, 0.0, fresh)  # of either sign: they are equal
+        fresh = jnp.where(index < visible[:, None], fresh, -jnp.inf)
         return lax.dynamic_update_slice_in_dim(scores, fresh, block * BLOCK, 1)
 
     scores = lax.fori_loop(0, blocks, score, jnp.full((total, n), -jnp.inf, jnp.float32))

@@ -9,14 +9,21 @@ from ds4jax.config import CSA_RATIO
 from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.rope import rope_table, rotate, simulate_kv
 from ds4jax.ops.simulate import fp4_round_trip, hadamard
+from ds4jax.ops.sums import ordered_sum
 
 
 def pool(values: Float[Array, "T C e"], logits: Float[Array, "T C e"], seen: Array) -> Float[Array, "T e"]:
-    """One softmax per feature over the C candidates of a window; `seen` broadcasts against `[T, C, e]`."""
+    """One softmax per feature over the C candidates of a window; `seen` broadcasts against `[T, C, e]`.
+
+    Sums over candidates are `ordered_sum`s.
+    """
     logits = jnp.where(seen, logits, -jnp.inf)
     weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    total = jnp.sum(weights, axis=1)
-    return jnp.sum(weights * jnp.where(seen, values, 0.0), axis=1) / total
+
+    def total(terms: Float[Array, "T C e"]) -> Float[Array, "T e"]:
+        return ordered_sum(jnp.swapaxes(terms, 1, 2))
+
+    return total(weights * jnp.where(seen, values, 0.0)) / total(weights)
 
 
 def finish(

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from ds4jax.ops.linear import float_dot
-from ds4jax.ops.norm import rms_norm
+from ds4jax.ops.sums import ordered_sum, parted_sum
+
+
+def sigmoid(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`1 / (1 + exp(-x))`, in this form everywhere."""
+    return 1.0 / (1.0 + jnp.exp(-x))
 
 
 def sinkhorn(logits: Float[Array, "T H H"], iters: int, eps: float) -> Float[Array, "T H H"]:
-    """Doubly stochastic matrix from logits: row softmax, then alternating normalisation ending on the columns."""
+    """Doubly stochastic matrix from logits: row softmax, then alternating normalisation ending on the columns.
+
+    Sums are an `ordered_sum`; a division is a product with the reciprocal of the sum.
+    """
     e = jnp.float32(eps)
-    m = jax.nn.softmax(logits, axis=-1) + e
-    m = m / (jnp.sum(m, axis=-2, keepdims=True) + e)
 
-    def iteration(_: Array, m: Array) -> Array:
-        m = m / (jnp.sum(m, axis=-1, keepdims=True) + e)
-        return m / (jnp.sum(m, axis=-2, keepdims=True) + e)
+    def rows(m: Array) -> Array:
+        return m * (1.0 / (ordered_sum(m) + e))[..., :, None]
 
-    return lax.fori_loop(0, iters - 1, iteration, m)
+    def columns(m: Array) -> Array:
+        return m * (1.0 / (ordered_sum(jnp.swapaxes(m, -2, -1)) + e))[..., None, :]
+
+    exps = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    m = columns(exps * (1.0 / ordered_sum(exps))[..., None] + e)
+    return lax.fori_loop(0, iters - 1, lambda _, m: columns(rows(m)), m)
 
 
 def _mix(x: Float[Array, "T H D"], fn: Float[Array, "M HD"], eps: float, precision: str) -> Float[Array, "T M"]:
-    """Projection of the flattened, normalised streams."""
-    flat = rms_norm(x.reshape(x.shape[0], -1), None, eps)
-    return float_dot(flat, fn, precision)
+    """Projection of the flattened streams, then their RMS normalisation: it is the same factor for every output."""
+    flat = x.reshape(x.shape[0], -1)
+    mean = parted_sum(flat * flat) * jnp.float32(1 / flat.shape[-1])
+    return float_dot(flat, fn, precision) * lax.rsqrt(mean + jnp.float32(eps))[:, None]
 
 
 def _collapse(weights: Float[Array, "T H"], x: Float[Array, "T H D"]) -> Float[Array, "T D"]:
@@ -56,8 +66,8 @@ def hyper_pre(
     """
     rows, h, _ = x.shape
     mix = _mix(x, fn, eps, precision)
-    pre = jax.nn.sigmoid(mix[:, :h] * scale[0] + base[:h]) + jnp.float32(hc_eps)
-    post = 2.0 * jax.nn.sigmoid(mix[:, h : 2 * h] * scale[1] + base[h : 2 * h])
+    pre = sigmoid(mix[:, :h] * scale[0] + base[:h]) + jnp.float32(hc_eps)
+    post = 2.0 * sigmoid(mix[:, h : 2 * h] * scale[1] + base[h : 2 * h])
     logits = (mix[:, 2 * h :] * scale[2] + base[2 * h :]).reshape(rows, h, h)
     return _collapse(pre, x), post, sinkhorn(logits, iters, hc_eps)
 
@@ -83,5 +93,5 @@ def hyper_head(
     precision: str,
 ) -> Float[Array, "T D"]:
     """Collapse of the streams before the final norm."""
-    weights = jax.nn.sigmoid(_mix(x, fn, eps, precision) * scale[0] + base) + jnp.float32(hc_eps)
+    weights = sigmoid(_mix(x, fn, eps, precision) * scale[0] + base) + jnp.float32(hc_eps)
     return _collapse(weights, x)

@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ds4jax.quants import QTensor, codes_k, codes_q8, dequantize
+from ds4jax.activation import Q8, Q8K, Activation
+from ds4jax.ops.quantise import act_q8k, word_codes
+from ds4jax.ops.sums import ordered_sum
+from ds4jax.quants import QTensor, codes_q8, dequantize, k_scales
 
 Weight = Array | QTensor
-LANES = 128  # partial sums of a row of blocks; part of the definition of the result
-
-
-def act_q8(x: Float[Array, "*rows K"]) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows G"]]:
-    """int8 codes and a float32 scale per 32 values: `scale = max|x| / 127`, `code = rint(x / scale)` (ggml Q8_0)."""
-    v = x.reshape(*x.shape[:-1], -1, 32)
-    amax = jnp.max(jnp.abs(v), axis=-1)
-    # XLA turns a division by a constant or a broadcast scalar into a product with its reciprocal, which rounds twice.
-    scale = amax / lax.optimization_barrier(jnp.full(amax.shape, 127.0, jnp.float32))
-    inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    codes = jnp.clip(jnp.rint(v * inverse[..., None]), -128, 127).astype(jnp.int8)
-    return codes.reshape(x.shape), scale
-
-
-def act_q8k(
-    x: Float[Array, "*rows K"],
-) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows B"], Int[Array, "*rows S"]]:
-    """int8 codes, a float32 scale per 256 values, and sums of 16 codes (ggml Q8_K).
-
-    The value of largest magnitude, the first one on a tie, maps to -127.
-    """
-    v = x.reshape(*x.shape[:-1], -1, 256)
-    first = jnp.argmax(jnp.abs(v), axis=-1, keepdims=True)
-    peak = jnp.take_along_axis(v, first, axis=-1)
-    nonzero = peak != 0
-    inverse = jnp.where(nonzero, -127.0 / jnp.where(nonzero, peak, 1.0), 0.0)
-    codes = jnp.clip(jnp.rint(inverse * v), -128, 127).astype(jnp.int8)
-    scale = jnp.where(nonzero, 1.0 / jnp.where(nonzero, inverse, 1.0), 0.0)[..., 0]
-    sums = jnp.sum(codes.reshape(*v.shape[:-1], 16, 16).astype(jnp.int32), axis=-1)
-    return codes.reshape(x.shape), scale, sums.reshape(*x.shape[:-1], -1)
-
-
-def ordered_sum(terms: Float[Array, "*rows G"]) -> Float[Array, "*rows"]:
-    """Sum over the last axis in a fixed order: `lanes` running sums, then a halving tree over the lanes.
-
-    lanes = min(128, next power of two >= G). Lane i adds terms i, i + lanes, i + 2 lanes ... in that order; the tree
-    adds lane i + n/2 to lane i for n = lanes, lanes/2 ... 2.
-    """
-    groups = terms.shape[-1]
-    lanes = min(LANES, 1 << max(groups - 1, 0).bit_length())
-    padded = jnp.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -groups % lanes)])
-    total = padded[..., :lanes]
-    for start in range(lanes, padded.shape[-1], lanes):
-        total = total + padded[..., start : start + lanes]
-    while lanes > 1:
-        lanes //= 2
-        total = total[..., :lanes] + total[..., lanes:]
-    return total[..., 0]
 
 
 def dense(w: Weight) -> Float[Array, "*lead N K"]:
@@ -74,51 +32,82 @@ def float_dot(x: Float[Array, "T *lead K"], w: Weight, precision: str) -> Float[
     return jnp.moveaxis(product, 0, 1)
 
 
-def _dot_q8(x: Float[Array, "T *lead K"], w: QTensor) -> Float[Array, "T *lead N"]:
-    """Int8 activations per 32 values against Q8_0 or IQ2_XXS: integer sums per block, then `ordered_sum`."""
+def _dot4(a: Int[Array, ...], b: Int[Array, ...]) -> Int[Array, ...]:
+    """Sum of the products of the four signed bytes of two words."""
+    return jnp.sum(word_codes(a).astype(jnp.int32) * word_codes(b).astype(jnp.int32), axis=-1)
+
+
+def _total(parts: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _terms_q8(a: Q8, w: QTensor) -> Float[Array, "T *lead N G"]:
+    """One term per group of 32 values of Q8_0 or IQ2_XXS: `isum * (d * scale)`."""
     codes, scale = codes_q8(w)
-    q, xscale = act_q8(x)
-    q = q.reshape(*x.shape[:-1], 1, -1, 32)
+    q = jnp.swapaxes(word_codes(a.word), -3, -2)  # [..., G, 8, 4]
+    q = q.reshape(*q.shape[:-3], 1, q.shape[-3], 32)
     isum = jnp.sum(codes.astype(jnp.int32) * q.astype(jnp.int32), axis=-1)
-    return ordered_sum(isum.astype(jnp.float32) * (scale * xscale[..., None, :]))
+    return isum.astype(jnp.float32) * (scale * a.scale[..., None, :])
 
 
-def _dot_q8k(x: Float[Array, "T *lead K"], w: QTensor) -> Float[Array, "T *lead N"]:
-    """Int8 activations per 256 values against Q2_K or Q4_K: integer sums per super-block, then `ordered_sum`."""
-    codes, sc, m, d, dmin = codes_k(w)
-    q, xscale, bsum = act_q8k(x)
-    blocks, sub, width = codes.shape[-3:]
-    q = q.reshape(*x.shape[:-1], 1, blocks, sub, width)
-    bsum = jnp.sum(bsum.reshape(*x.shape[:-1], 1, blocks, sub, width // 16), axis=-1)
-    isum = jnp.sum(codes.astype(jnp.int32) * q.astype(jnp.int32), axis=-1)
-    values = jnp.sum(isum * sc, axis=-1).astype(jnp.float32)
-    minima = jnp.sum(bsum * m, axis=-1).astype(jnp.float32)
-    xs = xscale[..., None, :]
-    return ordered_sum((d * xs) * values - (dmin * xs) * minima)
+def _terms_k(a: Q8K, w: QTensor) -> Float[Array, "T *lead N L"]:
+    """One term per word of codes of Q2_K or Q4_K: `(d * scale) * isum - (dmin * scale) * minimum`.
+
+    isum weighs the codes of a word's parts with their sub-scales. A word of Q2_K (16 values in four quarters) carries
+    the minimum of one of the four sub-blocks that it shares with its neighbours; a word of Q4_K (8 values in two
+    halves) those of its own values.
+    """
+    word, sc, m, d, dmin = k_scales(w)
+    parts = sc.shape[0]
+    per = word.shape[-1] // d.shape[-1]
+    each = jnp.moveaxis(a.word, -2, 0)[..., None, :]  # [4, T, *lead, 1, 16 B], the quarter first
+    if w.format == "Q4_K":  # chunk c of 64 values is half c // 2, quarters 2 (c % 2) and 2 (c % 2) + 1
+        each = each.reshape(2, 2, *each.shape[1:-1], -1, 2, 8)
+        each = jnp.moveaxis(each, 0, -2)
+        each = each.reshape(*each.shape[:-4], -1)
+    mask, bits = (0x03030303, 2) if w.format == "Q2_K" else (0x0F0F0F0F, 4)
+    isum = _total(sc[j] * _dot4((word >> (bits * j)) & mask, each[j]) for j in range(parts))
+    if w.format == "Q2_K":
+        minimum = m[0] * a.sums[..., None, :]
+    else:
+        minimum = _total(m[j] * jnp.sum(word_codes(each[j]).astype(jnp.int32), axis=-1) for j in range(parts))
+
+    def spread(block: Array) -> Array:
+        return jnp.repeat(block, per, axis=-1)
+
+    xs = a.scale[..., None, :]
+    return spread(d * xs) * isum.astype(jnp.float32) - spread(dmin * xs) * minimum.astype(jnp.float32)
 
 
-def matvec(x: Float[Array, "T *lead K"], w: Weight, *, act: str, precision: str) -> Float[Array, "T *lead N"]:
-    """`x . w^T` for `w [*lead, N, K]`, with quantised activations where `act` is "q8" and the format has them."""
-    if act == "q8" and isinstance(w, QTensor):
-        if w.format in ("Q8_0", "IQ2_XXS"):
-            return _dot_q8(x, w)
-        if w.format in ("Q2_K", "Q4_K"):
-            return _dot_q8k(x, w)
-    return float_dot(x, w, precision)
+def terms(a: Activation, w: QTensor) -> Float[Array, "T *lead N L"] | None:
+    """What int8 activations contribute to each output, one float32 term per lane; None where `w` takes floats."""
+    if a.q8 is None:
+        return None
+    if w.format in ("Q8_0", "IQ2_XXS"):
+        return _terms_q8(a.q8, w)
+    if w.format in ("Q2_K", "Q4_K"):
+        return _terms_k(act_q8k(a.x), w)
+    return None
 
 
-def linear(x: Float[Array, "T K"], w: Weight, *, act: str, precision: str) -> Float[Array, "T N"]:
-    """One projection, `w [N, K]`."""
-    return matvec(x, w, act=act, precision=precision)
+def matvec(a: Activation, w: Weight, *, precision: str) -> Float[Array, "T *lead N"]:
+    """`x . w^T` for `w [*lead, N, K]`, with int8 activations where both have them."""
+    parts = terms(a, w) if isinstance(w, QTensor) else None
+    return float_dot(a.x, w, precision) if parts is None else ordered_sum(parts)
 
 
-def grouped_linear(x: Float[Array, "T G I"], w: Weight, *, act: str, precision: str) -> Float[Array, "T GR"]:
-    """Row block g of `w [G R, I]` applied to group g only: the low-rank output projection of the attention."""
-    groups = x.shape[1]
+def linear(a: Activation, *ws: Weight, precision: str) -> tuple[Float[Array, "T N"], ...]:
+    """Projections of the same rows, each `w [N, K]`."""
+    return tuple(matvec(a, w, precision=precision) for w in ws)
+
+
+def grouped_linear(a: Activation, w: Weight, *, precision: str) -> Float[Array, "T GR"]:
+    """Row block g of `w [G R, I]` applied to group g of `[T, G, I]`: the low-rank output projection of attention."""
+    rows, groups = a.x.shape[:2]
     split = jax.tree.map(lambda plane: plane.reshape(groups, -1, *plane.shape[1:]), w)
     if isinstance(split, QTensor):
         split = QTensor(split.planes, split.format, (groups, split.shape[0] // groups, split.shape[1]))
-    return matvec(x, split, act=act, precision=precision).reshape(x.shape[0], -1)
+    return matvec(a, split, precision=precision).reshape(rows, -1)
 
 
 def embed(tokens: Int[Array, " T"], table: Weight) -> Float[Array, "T D"]:

@@ -7,19 +7,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ds4jax.ops.linear import Weight, float_dot, matvec
+from ds4jax.activation import Activation
+from ds4jax.ops.linear import Weight, float_dot, matvec, terms
+from ds4jax.ops.quantise import quantise
+from ds4jax.ops.sums import ordered_sum, pad_lanes
 from ds4jax.quants import QTensor
 
 MIN_WEIGHT_SUM = 2.0**-14  # guard of ds4 and llama.cpp against a zero sum; never active with a trained router
 
 
 def router_scores(x: Float[Array, "T D"], gate: Float[Array, "E D"], *, precision: str) -> Float[Array, "T E"]:
-    """`sqrt(softplus(x . gate^T))`, the affinity of every expert."""
-    return jnp.sqrt(jnp.logaddexp(float_dot(x, gate, precision), 0.0))
+    """`sqrt(softplus(x . gate^T))`, the affinity of every expert; softplus is `max(z, 0) + log1p(exp(-|z|))`."""
+    z = float_dot(x, gate, precision)
+    return jnp.sqrt(jnp.maximum(z, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(z))))
 
 
 def route(
-    x: Float[Array, "T D"],
+    a: Activation,
     ids: Int[Array, "T K"] | None,
     gate: Float[Array, "E D"],
     bias: Float[Array, " E"] | None,
@@ -31,30 +35,43 @@ def route(
     """Experts of each row and their weights.
 
     `ids` are given on hash layers; otherwise the `top_k` largest of score + bias are taken, the lower expert first
-    on a tie. The weights are the unbiased scores, normalised to sum `scale`.
+    on a tie. The weights are the unbiased scores, normalised to sum `scale`: each times one factor.
     """
-    scores = router_scores(x, gate, precision=precision)
+    scores = router_scores(a.x, gate, precision=precision)
     if ids is None:
         ranked = scores if bias is None else scores + bias
         ids = lax.top_k(ranked, top_k)[1]
     chosen = jnp.take_along_axis(scores, ids, axis=-1)
-    total = jnp.maximum(jnp.sum(chosen, axis=-1, keepdims=True), MIN_WEIGHT_SUM)
-    return ids, chosen / total * jnp.float32(scale)
+    factor = jnp.float32(scale) / jnp.maximum(ordered_sum(chosen), MIN_WEIGHT_SUM)
+    return ids, chosen * factor[:, None]
 
 
 def swiglu(gate: Float[Array, "*s F"], up: Float[Array, "*s F"], limit: float) -> Float[Array, "*s F"]:
     """`silu(gate) * up` with the gate clamped above and `up` on both sides at `limit`; 0 means no clamp."""
     if limit > 0:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(gate) * up
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def _take(w: Weight, ids: Int[Array, " K"]) -> Weight:
     return w.take(ids) if isinstance(w, QTensor) else jnp.take(w, ids, axis=0)
 
 
+def _sum_of_products(hidden: Activation, w: Weight, precision: str) -> Float[Array, " N"]:
+    """`sum_k hidden_k . w_k^T` for `hidden [1, K, F]`, `w [K, N, F]`: quantised, one `ordered_sum` over the terms of
+    all k (each padded to whole lanes); with floats, products added in the order of k."""
+    parts = terms(hidden, w) if isinstance(w, QTensor) else None
+    if parts is not None:
+        return ordered_sum(jnp.moveaxis(pad_lanes(parts[0]), 0, 1).reshape(parts.shape[2], -1))
+    products = float_dot(hidden.x, w, precision)[0]
+    total = products[0]
+    for k in range(1, products.shape[0]):
+        total = total + products[k]
+    return total
+
+
 def routed_experts(
-    x: Float[Array, "T D"],
+    a: Activation,
     ids: Int[Array, "T K"],
     weights: Float[Array, "T K"],
     w1: Weight,
@@ -65,33 +82,29 @@ def routed_experts(
     act: str,
     precision: str,
 ) -> Float[Array, "T D"]:
-    """Sum of K SwiGLU experts in the order k = 0 .. K-1; the router weight multiplies before `w2`.
+    """Sum of K SwiGLU experts; the router weight multiplies before `w2`.
 
     `w1` (gate) and `w3` (up) are `[E, F, D]`, `w2` (down) is `[E, D, F]`. Rows are taken one by one: each reads only
     its own experts.
     """
+    top_k = ids.shape[1]
 
-    def row(args: tuple[Array, Array, Array]) -> Array:
-        xr, chosen, weight = args
-        inputs = jnp.broadcast_to(xr, (1, chosen.shape[0], xr.shape[0]))
-        gate = matvec(inputs, _take(w1, chosen), act=act, precision=precision)
-        up = matvec(inputs, _take(w3, chosen), act=act, precision=precision)
+    def row(args: tuple[Activation, Array, Array]) -> Array:
+        one, chosen, weight = args
+        inputs = jax.tree.map(lambda v: jnp.broadcast_to(v, (1, top_k, *v.shape)), one)
+        gate = matvec(inputs, _take(w1, chosen), precision=precision)
+        up = matvec(inputs, _take(w3, chosen), precision=precision)
         hidden = swiglu(gate, up, limit) * weight[None, :, None]
-        down = matvec(hidden, _take(w2, chosen), act=act, precision=precision)[0]
-        total = down[0]
-        for k in range(1, down.shape[0]):
-            total = total + down[k]
-        return total
+        return _sum_of_products(quantise(hidden, act=act), _take(w2, chosen), precision)
 
-    if x.shape[0] == 1:
-        return row((x[0], ids[0], weights[0]))[None]
-    return lax.map(row, (x, ids, weights))
+    if ids.shape[0] == 1:
+        return row(jax.tree.map(lambda v: v[0], (a, ids, weights)))[None]
+    return lax.map(row, (a, ids, weights))
 
 
 def shared_expert(
-    x: Float[Array, "T D"], w1: Weight, w3: Weight, w2: Weight, *, limit: float, act: str, precision: str
+    a: Activation, w1: Weight, w3: Weight, w2: Weight, *, limit: float, act: str, precision: str
 ) -> Float[Array, "T D"]:
     """The expert every row passes through: `w1`, `w3` `[F, D]`, `w2` `[D, F]`, weight one."""
-    gate = matvec(x, w1, act=act, precision=precision)
-    up = matvec(x, w3, act=act, precision=precision)
-    return matvec(swiglu(gate, up, limit), w2, act=act, precision=precision)
+    hidden = swiglu(matvec(a, w1, precision=precision), matvec(a, w3, precision=precision), limit)
+    return matvec(quantise(hidden, act=act), w2, precision=precision)

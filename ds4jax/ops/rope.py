@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ds4jax.activation import Activation
 from ds4jax.config import ModelConfig
 from ds4jax.ops.norm import rms_norm
+from ds4jax.ops.quantise import quantise
 from ds4jax.ops.simulate import fp8_round_trip
 
 
@@ -59,6 +61,13 @@ def rotate(
     a, b = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([a * c - b * s, a * s + b * c], axis=-1).reshape(tail.shape)
     return jnp.concatenate([head, turned], axis=-1)
+
+
+def unrotate(
+    o: Float[Array, "T N d"], cos: Float[Array, "T r2"], sin: Float[Array, "T r2"], *, groups: int, act: str
+) -> Activation:
+    """Takes the rotation of attention outputs back; heads in `groups` `[T, G, N d / G]` for the output projection."""
+    return quantise(rotate(o, cos, sin, inverse=True).reshape(o.shape[0], groups, -1), act=act)
 
 
 def q_norm_rope(

@@ -1,1 +1,41 @@
-"""Pallas GPU kernels under the names and signatures of `ds4jax.ops`; there are none yet."""
+"""Triton kernels under the names and signatures of the operations in `ds4jax.ops`.
+
+Each takes which rows exist (bool `[T]`), the row arguments, the shared ones, and `interpret`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ds4jax.pallas import attention as _attention
+from ds4jax.pallas import compress as _compress
+from ds4jax.pallas import experts as _experts
+from ds4jax.pallas import hyper as _hyper
+from ds4jax.pallas import indexer as _indexer
+from ds4jax.pallas import linear as _linear
+from ds4jax.pallas import norm as _norm
+from ds4jax.pallas import quantise as _quantise
+from ds4jax.pallas import rope as _rope
+from ds4jax.pallas import router as _router
+from ds4jax.pallas import store as _store
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "norm": _norm.norm,
+    "quantise": _quantise.quantise,
+    "linear": _linear.linear,
+    "grouped_linear": _linear.grouped_linear,
+    "routed_experts": _experts.routed_experts,
+    "shared_expert": _experts.shared_expert,
+    "q_norm_rope": _rope.q_norm_rope,
+    "kv_norm_rope": _rope.kv_norm_rope,
+    "unrotate": _rope.unrotate,
+    "hyper_pre": _hyper.hyper_pre,
+    "hyper_post": _hyper.hyper_post,
+    "hyper_head": _hyper.hyper_head,
+    "router": _router.route,
+    "store": _store.store_rows,
+    "compress": _compress.compress,
+    "indexer": _indexer.indexer,
+    "attention": _attention.attention,
+}

@@ -1,0 +1,1 @@
+"""Measurements: device time of kernels and of decoding, on the shapes of the full model."""

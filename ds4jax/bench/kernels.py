@@ -1,0 +1,124 @@
+"""Device time of every kernel at the full model's shapes, against the bytes that it must read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ds4jax import ops
+from ds4jax.bench.cases import CASES, Case
+from ds4jax.bench.device_time import device_times
+from ds4jax.config import Numerics
+from ds4jax.ops.rows import Live
+
+ROTATED = 400 << 20  # bytes of weights to rotate through: several times the largest L2
+REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One line of the table: device time of a call's kernel, with the bytes of weights and caches read over it."""
+
+    case: str
+    rows: int
+    kernel: str
+    microseconds: float
+    nbytes: int
+
+    @property
+    def bandwidth(self) -> float:
+        """GB/s."""
+        return self.nbytes / self.microseconds / 1e3
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a copy of 2 GiB on the device, bytes read plus bytes written; the best of five."""
+    x = jnp.zeros(1 << 29, jnp.float32)
+    bump = jax.jit(lambda x: x + 1)
+    bump(x).block_until_ready()
+
+    def run() -> None:
+        for _ in range(5):
+            bump(x).block_until_ready()
+
+    times = [t for many in device_times(run).values() for t in many]
+    return 2 * x.nbytes / max(times) / 1e3 if len(times) < 5 else 2 * x.nbytes / sorted(times)[-5] / 1e3
+
+
+def time_case(name: str, case: Case, num: Numerics, rows: int) -> list[Timing]:
+    """Mean device time of a call over rotated weights: one line per kernel, and one of their sum."""
+    size = nbytes(jax.eval_shape(case.shared, jax.random.key(0)))
+    active = case.active(rows) if case.active else size
+    copies = max(1, min(8, math.ceil(ROTATED / max(active, 1)))) if size < ROTATED else 1
+    make = jax.jit(case.shared)
+    shared = [make(jax.random.key(i)) for i in range(copies)]
+    # Rotated rows choose other experts, so that large weights need no copies.
+    inputs = [jax.jit(case.rows, static_argnums=1)(jax.random.key(100 + i), rows) for i in range(8)]
+    live = Live.all(rows)
+
+    @jax.jit
+    def call(live: Live, row_args: Any, weights: Any) -> Any:
+        return ops.call(case.op, num, live, row_args, weights, **case.settings)
+
+    jax.block_until_ready(call(live, inputs[0], shared[0]))
+    calls = 8 * REPEATS
+
+    def run() -> None:
+        outs = [call(live, inputs[i % 8], shared[i % copies]) for i in range(calls)]
+        jax.block_until_ready(outs)
+
+    means = {kernel: sum(times) / calls for kernel, times in device_times(run).items()}
+    parts = sorted(means.items(), key=lambda item: -item[1])
+    lines = [*parts, ("all", sum(means.values()))] if len(parts) > 1 else parts
+    return [Timing(name, rows, kernel, mean, active) for kernel, mean in lines]
+
+
+def measure(num: Numerics, names: Iterable[str] = CASES, rows: Iterable[int] = (1, 3)) -> Iterator[Timing]:
+    """Times the named cases one after another."""
+    for name in names:
+        for count in rows:
+            yield from time_case(name, CASES[name], num, count)
+
+
+def compare(case: Case, num: Numerics, rows: int) -> tuple[bool, float, bool]:
+    """A kernel against its reference on the same device.
+
+    Returns:
+        Whether all results are equal bit for bit; the largest difference relative to the largest result; whether each
+        row alone, with absent rows around it, equals the row among others.
+    """
+    reference = num.replace(impl=tuple((op, "xla") for op, _ in num.impl), rows="batch")
+    shared = jax.jit(case.shared)(jax.random.key(1))
+    row_args = jax.jit(case.rows, static_argnums=1)(jax.random.key(2), rows)
+
+    def call(numerics: Numerics, live: Live) -> Any:
+        function = jax.jit(
+            lambda live, row_args, shared: ops.call(case.op, numerics, live, row_args, shared, **case.settings),
+            compiler_options=numerics.compiler_options,
+        )
+        return jax.tree.leaves(function(live, row_args, shared))
+
+    got, want = call(num, Live.all(rows)), call(reference, Live.all(rows))
+    equal = all(bool(jnp.array_equal(a, b)) for a, b in zip(got, want, strict=True))
+    worst = max(_difference(a, b) for a, b in zip(got, want, strict=True))
+    alone = True
+    for row in range(rows):
+        single = call(num, Live.of(jnp.arange(rows) == row))
+        alone &= all(bool(jnp.array_equal(a[row], b[row])) for a, b in zip(got, single, strict=True))
+    return equal, worst, alone
+
+
+def _difference(a: Array, b: Array) -> float:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30))

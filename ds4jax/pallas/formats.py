@@ -1,0 +1,186 @@
+"""Weights as kernels read them: what each lane loads of a row, and the term it adds for one activation row.
+
+A row of a weight is a sequence of terms, one per lane and step (`ops.linear.terms`), the same for any number of
+activation rows, so a row's result cannot depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import pallas as pl
+
+from ds4jax.errors import ConfigError
+from ds4jax.pallas.ptx import Instructions, f32, i32, load
+from ds4jax.quants import QTensor, iq2_xxs_levels
+
+Term = Callable[[Any, Any], Array]
+"""Term of every lane for one activation row: (activation references, row index) -> f32 [lanes]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """One step along a row: `count` lanes from term `start` on; lanes at or beyond `total` add nothing."""
+
+    start: int
+    count: int
+    total: int
+
+    @property
+    def index(self) -> Array:
+        """Term numbers, i32 [count]."""
+        return self.start + jnp.arange(self.count, dtype=i32)
+
+    @property
+    def mask(self) -> Array | None:
+        """Which lanes have a term; None for all."""
+        return None if self.start + self.count <= self.total else self.index < self.total
+
+    def load(self, ref: Any, *lead: Any, per: int = 1, once: bool = False) -> Array:
+        """One element per `per` lanes of the last axis of `ref`."""
+        whole = per == 1 and self.mask is None
+        place = pl.ds(self.start, self.count) if whole else self.index // per
+        return load(ref, *lead, place, mask=self.mask, once=once)
+
+
+def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """A lane is a group of 32 values."""
+    words = [lanes.load(w["word"], *row, j, once=True) for j in range(8)]
+    scale = lanes.load(w["d"], *row, once=True).astype(f32)
+
+    def term(a: Any, m: Any) -> Array:
+        isum = jnp.zeros(lanes.count, i32)
+        for j, word in enumerate(words):
+            isum = ptx.dp4a(word, lanes.load(a["word"], m, j), isum)
+        return isum.astype(f32) * (scale * lanes.load(a["scale"], m))
+
+    return term
+
+
+def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """A lane is a group of 32 values: four grid entries of eight magnitudes, looked up as eight 4-bit codes each."""
+    index, sign = lanes.load(w["idx"], *row, once=True), lanes.load(w["sign"], *row, once=True)
+    nibble = (lanes.load(w["scale"], *row, per=8) >> (4 * (lanes.index % 8))) & 15
+    scale = (lanes.load(w["d"], *row, per=8).astype(f32) * (0.5 + nibble.astype(f32))) * 0.25
+    words = []
+    for k in range(4):
+        negative = sign << (2 - k) if k < 3 else sign >> 1
+        code = load(w["table"], (index >> (8 * k)) & 255) ^ (negative & 0x44444444)
+        words += [ptx.permute(0x002B1908, 0x00D5E7F8, code), ptx.permute(0x002B1908, 0x00D5E7F8, code >> 16)]
+
+    def term(a: Any, m: Any) -> Array:
+        isum = jnp.zeros(lanes.count, i32)
+        for j, word in enumerate(words):
+            isum = ptx.dp4a(word, lanes.load(a["word"], m, j), isum)
+        return isum.astype(f32) * (scale * lanes.load(a["scale"], m))
+
+    return term
+
+
+def q2_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """A lane is a word of 16 values, four of each quarter of its half, and carries one minimum of its half."""
+    word = lanes.load(w["q"], *row, once=True)
+    s = lanes.load(w["s"], *row, per=4)
+    d, dmin = (lanes.load(w[name], *row, per=16).astype(f32) for name in ("d", "dmin"))
+    minimum = (s >> (8 * (lanes.index % 4) + 4)) & 15
+
+    def term(a: Any, m: Any) -> Array:
+        isum, zero = jnp.zeros(lanes.count, i32), jnp.zeros(lanes.count, i32)
+        for j in range(4):
+            part = ptx.dp4a((word >> (2 * j)) & 0x03030303, lanes.load(a["word"], m, j), zero)
+            isum = isum + ((s >> (8 * j)) & 15) * part
+        low = minimum * lanes.load(a["sums"], m)
+        xs = lanes.load(a["scale"], m, per=16)
+        return (d * xs) * isum.astype(f32) - (dmin * xs) * low.astype(f32)
+
+    return term
+
+
+def q4_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """A lane is a word of eight values, four of each sub-block of its chunk of 64."""
+    word, lane = lanes.load(w["q"], *row, once=True), lanes.index
+    block, chunk = lane // 32, (lane // 8) % 4
+    d, dmin = (lanes.load(w[name], *row, per=32).astype(f32) for name in ("d", "dmin"))
+    low, high, rest = (load(w["s"], *row, 3 * block + k, mask=lanes.mask) for k in range(3))
+    scales, minima = [], []
+    for j in range(2):
+        shift = 8 * ((2 * chunk + j) % 4)
+        lo, hi, more = ((part >> shift) & 255 for part in (low, high, rest))
+        scales.append(jnp.where(chunk < 2, lo & 63, (more & 15) | ((lo >> 2) & 48)))
+        minima.append(jnp.where(chunk < 2, hi & 63, (more >> 4) | ((hi >> 2) & 48)))
+
+    def term(a: Any, m: Any) -> Array:
+        isum, least, zero = (jnp.zeros(lanes.count, i32) for _ in range(3))
+        for j in range(2):
+            quarter, place = 2 * (chunk % 2) + j, 16 * block + 8 * (chunk // 2) + lane % 8
+            x = load(a["word"], m, quarter, place, mask=lanes.mask)
+            isum = isum + scales[j] * ptx.dp4a((word >> (4 * j)) & 0x0F0F0F0F, x, zero)
+            least = least + minima[j] * ptx.dp4a(jnp.full(lanes.count, 0x01010101, i32), x, zero)
+        xs = lanes.load(a["scale"], m, per=32)
+        return (d * xs) * isum.astype(f32) - (dmin * xs) * least.astype(f32)
+
+    return term
+
+
+def floats(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """A lane is one value."""
+    value = lanes.load(w["value"], *row, once=True).astype(f32)
+
+    def term(a: Any, m: Any) -> Array:
+        return value * lanes.load(a["x"], m)
+
+    return term
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How kernels read a kind of weight: values per term, form of activations ("q8", "q8k", "x"), lanes per step."""
+
+    read: Callable[..., Term]
+    values: int
+    takes: str
+    lanes: int = 128
+
+
+FORMATS = {
+    "Q8_0": Format(q8_0, 32, "q8"),
+    "IQ2_XXS": Format(iq2_xxs, 32, "q8"),
+    "Q2_K": Format(q2_k, 16, "q8k"),
+    "Q4_K": Format(q4_k, 8, "q8k"),
+    "float": Format(floats, 1, "x", 1024),
+}
+
+
+@functools.cache
+def _iq2_table() -> np.ndarray:
+    """Grid entry -> eight 4-bit level codes, i32 [256]."""
+    levels = (iq2_xxs_levels()[:, None] >> np.arange(0, 16, 2)) & 3
+    return (levels.astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
+
+
+def planes(w: Array | QTensor) -> tuple[str, dict[str, Array]]:
+    """Name of a weight's format in `FORMATS`, and the arrays its reader takes.
+
+    Raises:
+        ConfigError: no kernel reads this format.
+    """
+    if not isinstance(w, QTensor):
+        return "float", {"value": w}
+    if w.format not in FORMATS:
+        raise ConfigError(f"no kernel reads {w.format} weights; set impl of the operations that use them to xla")
+    extra = {"table": jnp.asarray(_iq2_table())} if w.format == "IQ2_XXS" else {}
+    return w.format, {**w.planes, **extra}
+
+
+def steps(format: str, width: int) -> list[Lanes]:
+    """The steps along a row of `width` values."""
+    kind = FORMATS[format]
+    terms = width // kind.values
+    count = min(kind.lanes, 1 << max(terms - 1, 0).bit_length())
+    return [Lanes(start, count, terms) for start in range(0, terms, count)]

@@ -1,0 +1,224 @@
+"""The indexer: queries on their grid, scores of all visible rows, and the exact best of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas.fp4 import fp4_round_trip, hadamard
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, split_f16, store
+
+KEYS = 128  # rows that a program scores
+CHUNK = 4096  # candidates of which a program selects the best
+LOWEST = -(2**31)  # below the key of every score
+
+
+def _query(ptx: Instructions, live: Any, q: Any, cos: Any, sin: Any, out: Any, *, simulate: bool) -> None:
+    """One head of one row (`ops.attention.index_query`)."""
+    head, row = pl.program_id(0), pl.program_id(1)
+    width, size = q.shape[2], out.shape[2]
+    tail = width - 2 * cos.shape[1]
+
+    @pl.when(live[row] != 0)
+    def _() -> None:
+        place = jnp.arange(size, dtype=i32)
+        inside, offset = place < width, place - tail
+        rotated = inside & (offset >= 0)
+        c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
+        y = load(q, row, head, place, mask=inside)
+        partner = load(q, row, head, place + 1 - 2 * (offset & 1), mask=rotated)
+        y = jnp.where(rotated, y * c + partner * jnp.where((offset & 1) == 0, -s, s), y)
+        store(out, fp4_round_trip(ptx, hadamard(y)).astype(out.dtype) if simulate else y, row, head, place)
+
+
+def _scores(
+    ptx: Instructions,
+    live: Any,
+    q: Any,
+    weights: Any,
+    sequence: Any,
+    visible: Any,
+    rows: Any,
+    out: Any,
+    *,
+    scale: float,
+) -> None:
+    """Scores of `KEYS` rows for one query; rows that are not visible get none, or any."""
+    row, start = pl.program_id(0), pl.program_id(1) * KEYS
+    heads, size = weights.shape[1], q.shape[2]
+    head = jnp.arange(max(next_power(heads), 16), dtype=i32)
+    feature = jnp.arange(size, dtype=i32)
+
+    @pl.when((live[row] != 0) & (start < visible[row]))
+    def _() -> None:
+        at = start + jnp.arange(KEYS, dtype=i32)
+        there = (at < rows.shape[1])[:, None] & (feature < rows.shape[2])[None]
+        keys = load(rows, sequence[row], at[:, None], feature[None], mask=there)
+        query = load(q, row, head[None], feature[:, None], mask=(head < heads)[None])
+        if q.dtype == jnp.bfloat16:
+            dots = jnp.dot(keys.astype(jnp.bfloat16), query, preferred_element_type=f32)
+        elif keys.dtype == jnp.float16:
+            high, low = split_f16(query)
+            dots = jnp.dot(keys, high, preferred_element_type=f32)
+            dots = dots + jnp.dot(keys, low, preferred_element_type=f32) * 2.0**-11
+        else:
+            dots = jnp.dot(keys, query, precision=lax.Precision.HIGHEST)
+        weight = load(weights, row, head, mask=head < heads) * jnp.float32(scale)
+        store(out, ptx.tree_sum(weight[None] * jnp.maximum(dots, 0.0)), row, at, mask=at < rows.shape[1])
+
+
+def _select(
+    ptx: Instructions,
+    live: Any,
+    visible: Any,
+    scores: Any,
+    ids: Any,
+    best: Any,
+    best_scores: Any,
+    *,
+    level: int,
+    size: int,
+    top_k: int,
+    empty: int,
+) -> None:
+    """The `top_k` best of a chunk in ascending order, the lower index first among equal scores.
+
+    The k-th largest key is found bit by bit, from the number of keys that are not below a candidate.
+    """
+    part, row = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(live[row] != 0)
+    def _() -> None:
+        length = visible[row]
+        for _ in range(level):
+            length = (length + CHUNK - 1) // CHUNK * top_k
+
+        @pl.when((part == 0) | (part * CHUNK < length))
+        def _() -> None:
+            at = part * CHUNK + jnp.arange(size, dtype=i32)
+            valid = at < length
+            index = at
+            if ids is not None:
+                index = load(ids, row, at, mask=valid)
+                valid = valid & (index < empty)
+            score = load(scores, row, at, mask=valid)
+            bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
+            key = jnp.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+
+            def bisect(step: Array, low: Array) -> Array:
+                candidate = low + (jnp.int32(1) << (31 - step))
+                enough = jnp.sum((key >= candidate).astype(i32)) >= top_k
+                return jnp.where(enough, candidate, low)
+
+            steps = jnp.where(jnp.sum(valid.astype(i32)) > top_k, 32, 0)
+            threshold = lax.fori_loop(0, steps, bisect, jnp.int32(LOWEST))
+            above = valid & (key > threshold)
+            equal = valid & (key == threshold)
+            wanted = top_k - jnp.sum(above.astype(i32))
+            chosen = above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))
+            rank = jnp.cumsum(chosen.astype(i32)) - 1
+            # The others behind them: the interpreter writes every place, where masked what it holds.
+            slot = jnp.where(chosen, rank, top_k + jnp.arange(size, dtype=i32) - rank)
+            store(best, index, row, part * top_k + slot, mask=chosen)
+            if best_scores is not None:
+                store(best_scores, score, row, part * top_k + slot, mask=chosen)
+            slots = jnp.arange(next_power(top_k), dtype=i32)
+            unused = (slots >= jnp.sum(chosen.astype(i32))) & (slots < top_k)
+            store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
+
+
+def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:
+    """Indices of the `top_k` best of the first `visible` scores `[T, n]`, ascending, then n in unused places.
+
+    A tournament: the best of every chunk of `CHUNK` candidates, then the best of those, until one chunk is left.
+    """
+    total, n = scores.shape
+    ids, length, level = None, n, 0
+    while True:
+        parts = -(-length // CHUNK)
+        settings = {"level": level, "size": min(CHUNK, next_power(length)), "top_k": top_k, "empty": n}
+        slots = (total, parts * top_k)
+        shapes = (jax.ShapeDtypeStruct(slots, i32), jax.ShapeDtypeStruct(slots, f32))
+
+        def kernel(ptx: Instructions, *refs: Any, settings: dict[str, int] = settings, last: bool = parts == 1) -> None:
+            _select(ptx, *refs, *([None] if last else []), **settings)
+
+        best = launch(
+            kernel,
+            shapes[:1] if parts == 1 else shapes,
+            (parts, total),
+            live,
+            visible,
+            scores,
+            ids,
+            name="indexer_select",
+            warps=8,
+            interpret=interpret,
+        )
+        if parts == 1:
+            return best[0]
+        (ids, scores), length, level = best, parts * top_k, level + 1
+
+
+def indexer(
+    live: Array,
+    q: Array,
+    cos: Array,
+    sin: Array,
+    weights: Array,
+    sequence: Array,
+    visible: Array,
+    rows: Array,
+    *,
+    top_k: int,
+    simulate: bool,
+    interpret: bool,
+) -> Array:
+    """Kernel of `ops.attention.indexer`.
+
+    Values on the FP4 grid are exact in bfloat16, their products and, unless the scales of a row's blocks are more than
+    2^9 apart, the sums of a dot product in float32: scores then have the bits of the reference. Queries that are not
+    simulated must be below 65504; with float16 rows they are represented within max(2^-22 |q|, 2^-36).
+    """
+    total, heads, width = q.shape
+    n, size, mask = rows.shape[1], max(next_power(width), 16), live.astype(i32)
+
+    def query(ptx: Instructions, *refs: Any) -> None:
+        _query(ptx, *refs, simulate=simulate)
+
+    prepared = launch(
+        query,
+        jax.ShapeDtypeStruct((total, heads, size), jnp.bfloat16 if simulate else f32),
+        (heads, total),
+        mask,
+        q,
+        cos,
+        sin,
+        name="indexer_query",
+        warps=1,
+        interpret=interpret,
+    )
+
+    def score(ptx: Instructions, *refs: Any) -> None:
+        _scores(ptx, *refs, scale=1 / math.sqrt(heads * width))
+
+    scores = launch(
+        score,
+        jax.ShapeDtypeStruct((total, n), f32),
+        (total, -(-n // KEYS)),
+        mask,
+        prepared,
+        weights,
+        sequence,
+        visible,
+        rows,
+        name="indexer_scores",
+        warps=4,
+        interpret=interpret,
+    )
+    return select(mask, visible, scores, top_k=min(top_k, n), interpret=interpret)

@@ -1,0 +1,159 @@
+"""Rotary embedding, fused with the norm before it or the quantisation after it.
+
+A rotated feature is `x cos + partner sin` with the sine negated in the first of a pair: every lane has one feature
+and loads its partner once more, so nothing moves between lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from ds4jax.activation import Q8, Activation
+from ds4jax.pallas.norm import inverse_rms, row_shapes
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
+from ds4jax.pallas.quantise import store_q8
+from ds4jax.pallas.rows import part_size, power_of_two, when_live
+from ds4jax.pallas.simulate import FP8_BLOCK, fp8_round_trip
+
+PART = 256  # features that a program of `unrotate` takes
+
+
+def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) -> Array:
+    """Rotated features."""
+    return x * cos + partner * sin
+
+
+def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool) -> tuple[Array, Array]:
+    """Cosine and signed sine for features `offset` of the rotated ones; negative offsets are not loaded."""
+    c, s = (load(table, row, offset >> 1, mask=offset >= 0) for table in (cos, sin))
+    first = (offset & 1) == (1 if inverse else 0)
+    return c, jnp.where(first, -s, s)
+
+
+def partner_of(place: Array, offset: Array) -> Array:
+    """Where the other feature of a pair is."""
+    return place + 1 - 2 * (offset & 1)
+
+
+def norm_rope(
+    live: Array,
+    x: Array,
+    cos: Array,
+    sin: Array,
+    weight: Array | None,
+    *,
+    size: int,
+    eps: float,
+    simulate: bool,
+    name: str,
+    interpret: bool,
+) -> Array:
+    """Norm and rotation of rows `[M, d]`, M a multiple of the rows of the table; `size` features a program."""
+    rows, width = x.shape
+    heads, tail = rows // cos.shape[0], width - 2 * cos.shape[1]
+
+    def kernel(ptx: Instructions, live: Any, x: Any, cos: Any, sin: Any, weight: Any, out: Any) -> None:
+        row, part = pl.program_id(0), pl.program_id(1)
+
+        @when_live(live, row // heads)
+        def _() -> None:
+            place = part * size + jnp.arange(size, dtype=i32)
+            offset = place - tail
+            inside = place < width
+
+            def factors(place: Array, mask: Array) -> list[Array]:
+                return [load(x, row, place, mask=mask)] + ([] if weight is None else [load(weight, place, mask=mask)])
+
+            own, other = factors(place, inside), factors(partner_of(place, offset), inside & (offset >= 0))
+            c, s = angles(cos, sin, row // heads, offset, inverse=False)
+            scale = inverse_rms(ptx, x, row, eps)
+            y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
+            turned = turn(ptx, y, partner, c, s)
+            y = jnp.where(offset >= 0, turned, fp8_round_trip(ptx, y) if simulate else y)
+            store(out, y, row, place, mask=inside)
+
+    return launch(
+        kernel,
+        jax.ShapeDtypeStruct(x.shape, f32),
+        (rows, -(-width // size)),
+        live.astype(i32),
+        x,
+        cos,
+        sin,
+        weight,
+        name=name,
+        warps=1,
+        interpret=interpret,
+    )
+
+
+def q_norm_rope(live: Array, q: Array, cos: Array, sin: Array, *, eps: float, interpret: bool) -> Array:
+    """Kernel of `ops.rope.q_norm_rope`: a program per head."""
+    flat = q.reshape(-1, q.shape[-1])
+    whole = power_of_two(q.shape[-1])
+    out = norm_rope(
+        live, flat, cos, sin, None, size=whole, eps=eps, simulate=False, name="q_norm_rope", interpret=interpret
+    )
+    return out.reshape(q.shape)
+
+
+def kv_norm_rope(
+    live: Array,
+    kv: Array,
+    cos: Array,
+    sin: Array,
+    weight: Array,
+    *,
+    eps: float,
+    simulate: bool,
+    interpret: bool,
+) -> Array:
+    """Kernel of `ops.rope.kv_norm_rope`: a program per block of the FP8 grid."""
+    return norm_rope(
+        live, kv, cos, sin, weight, size=FP8_BLOCK, eps=eps, simulate=simulate, name="kv_norm_rope", interpret=interpret
+    )
+
+
+def unrotate(live: Array, o: Array, cos: Array, sin: Array, *, groups: int, act: str, interpret: bool) -> Activation:
+    """Kernel of `ops.rope.unrotate`."""
+    rows, heads, depth = o.shape
+    width = heads * depth // groups
+    tail, size = depth - 2 * cos.shape[1], part_size(width, PART)
+    flat = rows * groups
+    coded = act == "q8" and width % 32 == 0
+
+    def kernel(ptx: Instructions, live: Any, o: Any, cos: Any, sin: Any, out: Any, *codes: Any) -> None:
+        group, part = pl.program_id(0), pl.program_id(1)
+        row = group // groups
+
+        @when_live(live, row)
+        def _() -> None:
+            place = part * size + jnp.arange(size, dtype=i32)
+            offset = lax.rem(place, jnp.full(size, depth, i32)) - tail
+            y = load(o, group, place)
+            partner = load(o, group, partner_of(place, offset), mask=offset >= 0)
+            y = jnp.where(offset >= 0, turn(ptx, y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
+            store(out, y, group, place)
+            if codes:
+                store_q8(ptx, codes[0], codes[1], y, group, part * (size // 32))
+
+    y, *codes = launch(
+        kernel,
+        row_shapes(flat, width, coded),
+        (flat, width // size),
+        live.astype(i32),
+        o.reshape(flat, width),
+        cos,
+        sin,
+        name="unrotate",
+        warps=1,
+        interpret=interpret,
+    )
+    a = Activation(y, Q8(*codes) if coded else None)
+    return jax.tree.map(lambda plane: plane.reshape(rows, groups, *plane.shape[1:]), a)

@@ -1,0 +1,48 @@
+"""What kernels with a program per row, or per part of a row, share.
+
+Such a program lives for a few waits on memory: it loads all it needs before it adds anything up, and stores last,
+because the compiler cannot know that a store leaves later loads alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas.ptx import i32
+
+ROWS = 8  # so many rows run whether they exist or not: in parallel they cost less than a branch on memory
+
+
+def when_live(live: Any, row: Any) -> Callable[[Callable[[], None]], None]:
+    """Decorator of what a program does for a row if the row exists."""
+    if live.shape[0] <= ROWS:
+        return lambda body: body()
+    return pl.when(live[row] != 0)
+
+
+def part_size(width: int, most: int) -> int:
+    """Largest power of two up to `most` that divides a row into equal parts."""
+    return min(width & -width, most)
+
+
+def power_of_two(count: int) -> int:
+    """Lanes for `count` values."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def pick(x: Array, place: Any) -> Array:
+    """One element of a tile `[n]` as a scalar."""
+    return jnp.sum(jnp.where(jnp.arange(x.shape[0], dtype=i32) == place, x, 0.0))
+
+
+def add_in_tree(parts: list[Array]) -> Array:
+    """Sum of a list, neighbours first, as in `ops.sums.ordered_sum`."""
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]

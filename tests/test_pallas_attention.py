@@ -1,0 +1,168 @@
+"""Kernels that read and write the cache, interpreted, against the operations that they replace."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import pallas
+from ds4jax.ops import attention as ops
+from ds4jax.ops import compress as compress_ops
+from ds4jax.ops import simulate as simulate_ops
+from ds4jax.ops import store as store_ops
+from ds4jax.ops.rows import Live
+from ds4jax.pallas import indexer as indexer_kernels
+
+HEADS, WIDTH, WINDOW = 3, 16, 70
+SEQUENCE = jnp.array([0, 1, 0, 1], jnp.int32)
+LIVE = jnp.array([True, True, False, True])
+
+
+def draw(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape).astype(dtype))
+
+
+def kernel(name: str, **settings):
+    return jax.jit(functools.partial(pallas.KERNELS[name], interpret=True, **settings))
+
+
+# ------------------------------------------------------------------------------------------------------- store
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_land_in_their_places(dtype):
+    """The absent row points outside; nothing else changes; a width that is no power of two."""
+    rng = np.random.default_rng(0)
+    target, rows = draw(rng, 2, 5, 24, dtype=dtype), draw(rng, 4, 24)
+    place = jnp.array([4, 0, 77, 4], jnp.int32)
+    got = kernel("store")(LIVE, rows, SEQUENCE, place, target)
+    want = jax.jit(store_ops.store)(Live.of(LIVE), rows, SEQUENCE, place, target)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    assert not np.array_equal(np.asarray(got), np.asarray(target))
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+@functools.cache
+def attention_pair(first: int):
+    settings = {"window": WINDOW, "first": first}
+    reference = jax.jit(functools.partial(ops.attention, precision="highest", **settings))
+    return kernel("attention", **settings), reference
+
+
+def same_attention(q, position, ids, visible, raw, rows, sink, first: int = 0) -> None:
+    """Near the reference, and a row alone has the bits of the row among others."""
+    run, reference = attention_pair(first)
+    got = np.asarray(run(LIVE, q, position, SEQUENCE, ids, visible, raw, rows, sink))
+    want = np.asarray(reference(q, position, SEQUENCE, ids, visible, raw, rows, sink))
+    np.testing.assert_allclose(got[LIVE], want[LIVE], rtol=0, atol=3e-6)
+    one = jax.tree.map(lambda a: a[3:], (LIVE, q, position, SEQUENCE, ids, visible))
+    np.testing.assert_array_equal(np.asarray(run(*one, raw, rows, sink))[0], got[3])
+
+
+POSITION = jnp.array([3, 40, 10**6, 200], jnp.int32)
+
+
+@pytest.mark.parametrize("dtype, first", [(np.float16, 0), (np.float16, 1), (np.float32, 0)])
+def test_window(dtype, first):
+    """A ring that wraps around, a window that has just begun, places of one part only."""
+    rng = np.random.default_rng(1)
+    raw = draw(rng, 2, WINDOW + 3, WIDTH, dtype=dtype)
+    same_attention(draw(rng, 4, HEADS, WIDTH) * 3, POSITION, None, None, raw, None, draw(rng, HEADS), first=first)
+
+
+def test_selected_rows():
+    """Lists of several lengths, none at all among them; the rows behind them are poison."""
+    rng = np.random.default_rng(2)
+    n, places = 192, 70
+    rows = np.full((2, n, WIDTH), np.nan, np.float16)
+    ids = np.full((4, places), n, np.int32)
+    for row, length in enumerate([0, 70, 70, 65]):
+        ids[row, :length] = np.sort(rng.permutation(n)[:length])
+        rows[SEQUENCE[row], ids[row, :length]] = rng.standard_normal((length, WIDTH))
+    raw, sink = draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16), draw(rng, HEADS)
+    same_attention(draw(rng, 4, HEADS, WIDTH), POSITION, jnp.asarray(ids), None, raw, jnp.asarray(rows), sink)
+
+
+def test_visible_rows():
+    """More parts than one step of the combination takes, a part not full, none; the capacity changes nothing."""
+    rng = np.random.default_rng(3)
+    n, visible = 2112, jnp.array([2100, 0, 9999999, 129], jnp.int32)
+    rows = draw(rng, 2, n, WIDTH, dtype=np.float16)
+    q, raw, sink = draw(rng, 4, HEADS, WIDTH), draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16), draw(rng, HEADS)
+    same_attention(q, POSITION, None, visible, raw, rows, sink)
+    run, few = attention_pair(0)[0], jnp.minimum(visible, 129)
+    full, short = (run(LIVE, q, POSITION, SEQUENCE, None, few, raw, r, sink) for r in (rows, rows[:, :192]))
+    np.testing.assert_array_equal(np.asarray(full)[LIVE], np.asarray(short)[LIVE])
+
+
+def test_extreme_sinks_and_scores():
+    rng = np.random.default_rng(4)
+    raw = draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16) * np.float16(30)
+    sink = jnp.array([500.0, -500.0, 0.0])
+    same_attention(draw(rng, 4, HEADS, WIDTH) * 0.02, POSITION, None, None, raw, None, sink)
+    got = attention_pair(0)[0](LIVE, draw(rng, 4, HEADS, WIDTH) * 1000, POSITION, SEQUENCE, None, None, raw, None, sink)
+    assert np.isfinite(np.asarray(got)[LIVE]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- compress
+
+
+@pytest.mark.parametrize("ratio, width, simulate", [(4, 68, "kv"), (4, 32, "index"), (6, 68, "kv"), (128, 20, "none")])
+def test_compressed_rows(ratio, width, simulate):
+    """The bits of the reference; the first window of a sequence, rings that wrap around."""
+    rng = np.random.default_rng(5)
+    wide = width * (2 if ratio == 4 else 1)
+    capacity = 2 * ratio + 1
+    values, gates = draw(rng, 2, capacity, wide), draw(rng, 2, capacity, wide) * 3
+    shared = (values, gates, draw(rng, ratio, wide), draw(rng, width), jnp.array([0.7, 0.05]))
+    window = jnp.array([0, 5, 10**8, 1000], jnp.int32)
+    settings = {"ratio": ratio, "eps": 1e-6, "simulate": simulate}
+    run = kernel("compress", **settings)
+    got = np.asarray(run(LIVE, window, SEQUENCE, *shared))
+    want = np.asarray(jax.jit(functools.partial(compress_ops.compress, **settings))(window, SEQUENCE, *shared))
+    np.testing.assert_array_equal(got[LIVE], want[LIVE])
+    np.testing.assert_array_equal(np.asarray(run(LIVE[3:], window[3:], SEQUENCE[3:], *shared))[0], got[3])
+
+
+# ----------------------------------------------------------------------------------------------------- indexer
+
+
+@pytest.mark.parametrize("simulate, dtype", [(True, np.float16), (False, np.float16), (False, np.float32)])
+def test_selection(simulate, dtype):
+    """Fewer rows than wanted, none, more; every score twice, so that the lower row has to win."""
+    rng = np.random.default_rng(6)
+    heads, width, n = 6, 32, 192
+    grid = jax.jit(lambda x: simulate_ops.fp4_round_trip(x))
+    rows = np.array(grid(draw(rng, 2, n, width)))
+    rows[:, 1::2] = rows[:, ::2]
+    q, weights, angle = draw(rng, 4, heads, width), draw(rng, 4, heads), draw(rng, 4, 4) * 3
+    visible = jnp.array([5, 150, 10**7, 129], jnp.int32)
+    args = (q, jnp.cos(angle), jnp.sin(angle), weights, SEQUENCE)
+    stored = jnp.asarray(rows.astype(dtype))
+    run = kernel("indexer", top_k=21, simulate=simulate)
+    reference = jax.jit(functools.partial(ops.indexer, top_k=21, simulate=simulate, precision="highest"))
+    got = np.asarray(run(LIVE, *args, visible, stored))
+    want = np.asarray(reference(*args, jnp.where(LIVE, visible, 0), stored))
+    np.testing.assert_array_equal(got[LIVE], want[LIVE])
+    if simulate:
+        none = np.asarray(run(LIVE, *args, jnp.zeros(4, jnp.int32), stored))
+        np.testing.assert_array_equal(none[LIVE], n)
+
+
+@pytest.mark.parametrize("distinct", [1, 40, 10**6])
+def test_tournament_of_scores(distinct, monkeypatch):
+    """Three levels; few distinct scores, of both signs and zeros of both, against a stable sort."""
+    monkeypatch.setattr(indexer_kernels, "CHUNK", 64)
+    rng = np.random.default_rng(distinct)
+    n, top_k, visible = 1000, 20, np.array([1000, 19, 4, 777])
+    scores = (rng.integers(0, distinct, (4, n)) - distinct // 2).astype(np.float32) * np.float32(1e-3)
+    scores = np.where(rng.random((4, n)) < 0.5, -scores, scores)
+    run = jax.jit(functools.partial(indexer_kernels.select, top_k=top_k, interpret=True))
+    got = np.asarray(run(LIVE.astype(jnp.int32), jnp.asarray(visible, jnp.int32), jnp.asarray(scores)))
+    for row in (0, 1, 3):
+        best = np.sort(np.argsort(-scores[row, : visible[row]], kind="stable")[:top_k])
+        np.testing.assert_array_equal(got[row], np.pad(best, (0, top_k - len(best)), constant_values=n))
