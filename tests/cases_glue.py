@@ -1,7 +1,7 @@
 """Inputs of the operations between projections, for comparing kernels with references.
 
-A case is `(operation, settings, function(rng, rows) -> (row arguments, shared arguments))`. Streams and gates lie on
-a coarse grid on which float dots are exact in any order, so kernel and reference must agree bit for bit; the cases in
+A case is `(operation, settings, function(rng, rows) -> (row arguments, shared arguments))`. Inputs of float dots lie
+on a coarse grid on which these are exact in any order, so kernel and reference must agree bit for bit; the cases in
 `BOUNDS` draw them freely.
 """
 
@@ -49,13 +49,17 @@ def row(depth: int, rotary: int):
     return lambda rng, rows: ((spread(rng, rows, depth), *angles(rng, rows, rotary)), (floats(rng, depth),))
 
 
-def mixed(streams: int, depth: int, outputs: int, scales: int, free: bool = False):
+def mixed(streams: int, depth: int, outputs: int, scales: int, kind: str = "grid"):
+    """Streams on the grid, free ones of which each output takes one value, or all drawn freely."""
+
     def build(rng, rows: int):
-        shapes = (rows, streams, depth), (outputs, streams * depth)
-        if free:
-            x, fn = floats(rng, *shapes[0]) * 3, floats(rng, *shapes[1]) / np.sqrt(streams * depth).astype(f32)
+        width = streams * depth
+        if kind == "grid":
+            x, fn = grid(rng, rows, streams, depth, unit=1 / 4), grid(rng, outputs, width, unit=1 / 512)
+        elif kind == "one":
+            x, fn = floats(rng, rows, streams, depth), jnp.eye(outputs, width)[:, rng.permutation(width)]
         else:
-            x, fn = grid(rng, *shapes[0], unit=1 / 4), grid(rng, *shapes[1], unit=1 / 512)
+            x, fn = floats(rng, rows, streams, depth) * 3, floats(rng, outputs, width) / np.sqrt(width).astype(f32)
         return (x,), (fn.astype(jnp.float16), floats(rng, scales), floats(rng, outputs))
 
     return build
@@ -99,7 +103,8 @@ FULL = {
     "kv_norm_rope, no FP8": ("kv_norm_rope", {**EPS, "simulate": False}, row(512, 64)),
     "unrotate": ("unrotate", {"groups": 8, "act": "q8"}, heads(64, 512, 64)),
     "hyper_pre": ("hyper_pre", {**HYPER, "iters": 20}, mixed(4, 4096, 24, 3)),
-    "hyper_pre, free": ("hyper_pre", {**HYPER, "iters": 20}, mixed(4, 4096, 24, 3, free=True)),
+    "hyper_pre, sum of squares": ("hyper_pre", {**HYPER, "iters": 20}, mixed(4, 4096, 24, 3, "one")),
+    "hyper_pre, free": ("hyper_pre", {**HYPER, "iters": 20}, mixed(4, 4096, 24, 3, "free")),
     "hyper_post": ("hyper_post", {}, returned(4, 4096)),
     "hyper_head": ("hyper_head", HYPER, mixed(4, 4096, 4, 1)),
     "router": ("router", ROUTER, routed(256, 4096, 6)),

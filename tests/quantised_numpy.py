@@ -86,13 +86,22 @@ def act_q8k_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ordered_sum_numpy(terms: np.ndarray) -> np.ndarray:
+    return joint_sum_numpy([terms])
+
+
+def joint_sum_numpy(parts: list[np.ndarray]) -> np.ndarray:
+    """Sum over the last axis and the list, in lanes that go through all parts."""
     lanes = 1
-    while lanes < terms.shape[-1] and lanes < 128:
+    while lanes < parts[0].shape[-1] and lanes < 128:
         lanes *= 2
-    total = np.zeros((*terms.shape[:-1], lanes), f32)
-    for index in range(terms.shape[-1]):
-        lane = index % lanes
-        total[..., lane] = terms[..., index] if index < lanes else total[..., lane] + terms[..., index]
+    total = np.zeros((*parts[0].shape[:-1], lanes), f32)
+    begun = False
+    for terms in parts:
+        for start in range(0, terms.shape[-1], lanes):
+            step = np.zeros_like(total)
+            step[..., : terms[..., start : start + lanes].shape[-1]] = terms[..., start : start + lanes]
+            total = total + step if begun else step
+            begun = True
     while lanes > 1:
         lanes //= 2
         total = total[..., 0::2] + total[..., 1::2]
@@ -132,12 +141,6 @@ def quantised_terms_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarr
 def quantised_dot_numpy(name: str, x: np.ndarray, raw: np.ndarray) -> np.ndarray:
     """`x [T, K] . w^T` with int8 activations."""
     return ordered_sum_numpy(quantised_terms_numpy(name, x, raw))
-
-
-def whole_lanes_numpy(terms: np.ndarray) -> np.ndarray:
-    """Zeros behind the last axis, up to a multiple of the lanes of `ordered_sum_numpy`."""
-    lanes = min(128, 1 << (terms.shape[-1] - 1).bit_length())
-    return np.concatenate([terms, np.zeros((*terms.shape[:-1], -terms.shape[-1] % lanes), f32)], -1)
 
 
 def packed(name: str, raw: np.ndarray, shape: tuple[int, ...]) -> QTensor:

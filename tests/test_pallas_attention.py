@@ -113,7 +113,7 @@ def test_extreme_sinks_and_scores():
 
 @pytest.mark.parametrize("ratio, width, simulate", [(4, 68, "kv"), (4, 32, "index"), (6, 68, "kv"), (128, 20, "none")])
 def test_compressed_rows(ratio, width, simulate):
-    """The bits of the reference; the first window of a sequence, rings that wrap around."""
+    """The bits of the reference, but for one; the first window of a sequence, rings that wrap around."""
     rng = np.random.default_rng(5)
     wide = width * (2 if ratio == 4 else 1)
     capacity = 2 * ratio + 1
@@ -124,7 +124,8 @@ def test_compressed_rows(ratio, width, simulate):
     run = kernel("compress", **settings)
     got = np.asarray(run(LIVE, window, SEQUENCE, *shared))
     want = np.asarray(jax.jit(functools.partial(compress_ops.compress, **settings))(window, SEQUENCE, *shared))
-    np.testing.assert_array_equal(got[LIVE], want[LIVE])
+    # In a long loop the exponential of XLA:CPU depends on what it is fused with.
+    np.testing.assert_allclose(got[LIVE], want[LIVE], rtol=0, atol=5e-7 if ratio == 128 else 0)
     np.testing.assert_array_equal(np.asarray(run(LIVE[3:], window[3:], SEQUENCE[3:], *shared))[0], got[3])
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ds4jax.activation import Activation
 from ds4jax.ops.linear import Weight, float_dot, matvec, terms
 from ds4jax.ops.quantise import quantise
-from ds4jax.ops.sums import ordered_sum, pad_lanes
+from ds4jax.ops.sums import joint_sum, ordered_sum
 from ds4jax.quants import QTensor
 
 MIN_WEIGHT_SUM = 2.0**-14  # guard of ds4 and llama.cpp against a zero sum; never active with a trained router
@@ -58,11 +58,11 @@ def _take(w: Weight, ids: Int[Array, " K"]) -> Weight:
 
 
 def _sum_of_products(hidden: Activation, w: Weight, precision: str) -> Float[Array, " N"]:
-    """`sum_k hidden_k . w_k^T` for `hidden [1, K, F]`, `w [K, N, F]`: quantised, one `ordered_sum` over the terms of
-    all k (each padded to whole lanes); with floats, products added in the order of k."""
+    """`sum_k hidden_k . w_k^T` for `hidden [1, K, F]`, `w [K, N, F]`: quantised, the `joint_sum` of the terms of all k;
+    with floats, products added in the order of k."""
     parts = terms(hidden, w) if isinstance(w, QTensor) else None
     if parts is not None:
-        return ordered_sum(jnp.moveaxis(pad_lanes(parts[0]), 0, 1).reshape(parts.shape[2], -1))
+        return joint_sum(parts[0])
     products = float_dot(hidden.x, w, precision)[0]
     total = products[0]
     for k in range(1, products.shape[0]):

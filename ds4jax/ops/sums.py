@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,22 +16,21 @@ def lane_count(terms: int) -> int:
     return min(LANES, 1 << max(terms - 1, 0).bit_length())
 
 
-def pad_lanes(terms: Float[Array, "*rows G"]) -> Float[Array, "*rows P"]:
-    """Zeros behind the last axis up to a multiple of its lane count."""
-    groups = terms.shape[-1]
-    return jnp.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -groups % lane_count(groups))])
-
-
 def ordered_sum(terms: Float[Array, "*rows G"]) -> Float[Array, "*rows"]:
     """Sum over the last axis in a fixed order: running sums in lanes, then a tree of neighbours over the lanes.
 
     Lane i adds terms i, i + lanes, i + 2 lanes ... in that order; the tree adds lanes 2i and 2i + 1 until one is left.
     """
-    lanes = lane_count(terms.shape[-1])
-    padded = pad_lanes(terms)
-    total = padded[..., :lanes]
-    for start in range(lanes, padded.shape[-1], lanes):
-        total = total + padded[..., start : start + lanes]
+    return joint_sum(terms[None])
+
+
+def joint_sum(terms: Float[Array, "K *rows G"]) -> Float[Array, "*rows"]:
+    """Sum over the first and the last axis as one `ordered_sum`, in which the lanes run over the K in order."""
+    groups = terms.shape[-1]
+    lanes = lane_count(groups)
+    padded = jnp.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, -groups % lanes)])
+    steps = [(k, start) for k in range(terms.shape[0]) for start in range(0, padded.shape[-1], lanes)]
+    total = functools.reduce(jnp.add, [padded[k, ..., start : start + lanes] for k, start in steps])
     while lanes > 1:
         lanes //= 2
         pairs = total.reshape(*total.shape[:-1], lanes, 2)

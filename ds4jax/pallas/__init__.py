@@ -10,6 +10,7 @@ from typing import Any
 
 from ds4jax.pallas import attention as _attention
 from ds4jax.pallas import compress as _compress
+from ds4jax.pallas import embed as _embed
 from ds4jax.pallas import experts as _experts
 from ds4jax.pallas import hyper as _hyper
 from ds4jax.pallas import indexer as _indexer
@@ -21,6 +22,8 @@ from ds4jax.pallas import router as _router
 from ds4jax.pallas import store as _store
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "embed": _embed.embed,
+    "rope_table": _embed.rope_table,
     "norm": _norm.norm,
     "quantise": _quantise.quantise,
     "linear": _linear.linear,

@@ -54,10 +54,9 @@ def _parts(
     head = tile * HEADS + jnp.arange(HEADS, dtype=i32)
     within = head < heads
     offset = jnp.arange(part, dtype=i32)
+    exists, newest, b = live[row], position[row], sequence[row]  # together: a load waits for those before a branch
 
     def attend(keys: Any, place: Array, seen: Array) -> None:
-        b = sequence[row]
-
         def read(start: int) -> Array:
             feature = start + jnp.arange(chunk, dtype=i32)
             return load(keys, b, place[:, None], feature[None], mask=seen[:, None])
@@ -82,39 +81,34 @@ def _parts(
 
     def among_window() -> None:
         at = split * part + offset
-        there = position[row] - window + 1 + at
+        there = newest - window + 1 + at
         seen = (at < window) & (there >= first)
-        newest = jnp.minimum(split * part + part, window) - window + position[row]
-        pl.when(newest >= first)(lambda: attend(raw, jnp.where(seen, there, 0) % raw.shape[1], seen))
-        pl.when(newest < first)(nothing)
+        some = newest - window + jnp.minimum(split * part + part, window) >= first
+        pl.when(some)(lambda: attend(raw, jnp.where(seen, there, 0) % raw.shape[1], seen))
+        pl.when(jnp.logical_not(some))(nothing)
 
-    def among_rows() -> None:
-        start = (split - near) * part
-        if ids is not None:
-            n, places = rows.shape[1], ids.shape[1]
-            some = ids[row, start] < n
+    def among_chosen() -> None:
+        n, places = rows.shape[1], ids.shape[1]
+        at = (split - near) * part + offset
+        index = load(ids, row, jnp.minimum(at, places - 1))
+        seen = (at < places) & (index < n)
+        some = jnp.min(index) < n
+        pl.when(some)(lambda: attend(rows, jnp.where(seen, index, 0), seen))
+        pl.when(jnp.logical_not(some))(nothing)
 
-            def chosen() -> None:
-                at = start + offset
-                index = load(ids, row, jnp.minimum(at, places - 1))
-                seen = (at < places) & (index < n)
-                attend(rows, jnp.where(seen, index, 0), seen)
+    def among_visible() -> None:
+        count, start = visible[row], (split - near) * part
+        at = start + offset
+        # The combination does not look at parts beyond the visible rows.
+        pl.when(start < count)(lambda: attend(rows, at, at < count))
 
-            pl.when(some)(chosen)
-            pl.when(jnp.logical_not(some))(nothing)
-        else:
-            count = visible[row]
-            at = start + offset
-            # The combination does not look at parts beyond the visible rows.
-            pl.when(start < count)(lambda: attend(rows, at, at < count))
-
-    @pl.when(live[row] != 0)
+    @pl.when(exists != 0)
     def _() -> None:
         if rows is None:
             among_window()
         else:
             pl.when(split < near)(among_window)
-            pl.when(split >= near)(among_rows)
+            pl.when(split >= near)(among_visible if ids is None else among_chosen)
 
 
 def _combine(
@@ -135,13 +129,14 @@ def _combine(
     head, piece, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     capacity = maximum.shape[1]
     feature = piece * chunk + jnp.arange(chunk, dtype=i32)
+    exists, sink_score = live[row], sink[head]
+    count = jnp.int32(capacity) if visible is None else near + (visible[row] + part - 1) // part
 
-    @pl.when(live[row] != 0)
+    @pl.when(exists != 0)
     def _() -> None:
-        count = capacity if visible is None else near + (visible[row] + part - 1) // part
         every = jnp.arange(next_power(capacity), dtype=i32)
         peaks = load(maximum, row, every, head, mask=every < count)
-        highest = jnp.maximum(jnp.max(jnp.where(every < count, peaks, -jnp.inf)), sink[head])
+        highest = jnp.maximum(jnp.max(jnp.where(every < count, peaks, -jnp.inf)), sink_score)
 
         def step(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             denominator, value = carry
@@ -153,8 +148,8 @@ def _combine(
             values = load(acc, row, at[:, None], head, feature[None], mask=full[:, None])
             return denominator, value + jnp.sum(weight[:, None] * values, axis=0)
 
-        start = (jnp.exp(sink[head] - highest), jnp.zeros(chunk, f32))
-        denominator, value = lax.fori_loop(0, (count + STEP - 1) // STEP, step, start)
+        start = (jnp.exp(sink_score - highest), jnp.zeros(chunk, f32))
+        denominator, value = lax.fori_loop(jnp.int32(0), (count + STEP - 1) // STEP, step, start)
         store(out, value / denominator, row, head, feature)
 
 

@@ -38,18 +38,19 @@ def _pool(
     overlap = ratio == CSA_RATIO
     feature = (part * features + jnp.arange(features, dtype=i32))[:, None]
     candidate = jnp.arange(next_power(candidates), dtype=i32)[None]
+    exists, index, b = live[row], window[row], sequence[row]
 
-    @pl.when(live[row] != 0)
+    @pl.when(exists != 0)
     def _() -> None:
-        position = (window[row] - (1 if overlap else 0)) * ratio + candidate
+        position = (index - (1 if overlap else 0)) * ratio + candidate
         inside = feature < width
         seen = (candidate < candidates) & (position >= 0) & inside
         place = jnp.where(position >= 0, position, 0) % capacity
         # The previous window gives the first half of its features, the own one the second.
         column = feature + jnp.where(overlap & (candidate >= ratio), width, 0)
-        logit = load(gates, sequence[row], place, column, mask=seen)
+        logit = load(gates, b, place, column, mask=seen)
         logit = logit + load(ape, candidate % ratio, column, mask=seen).astype(f32)
-        value = load(values, sequence[row], place, column, mask=seen)
+        value = load(values, b, place, column, mask=seen)
         logit = jnp.where(seen, logit, jnp.where(inside, -jnp.inf, 0.0))  # a feature without candidates is no NaN
         weight = jnp.exp(logit - jnp.max(logit, axis=1)[:, None])
         pooled = ptx.divide(ptx.tree_sum(weight * value), ptx.tree_sum(weight))
@@ -74,8 +75,9 @@ def _finish(
     row, part = pl.program_id(0), pl.program_id(1)
     width, tail = pooled.shape[1], pooled.shape[1] - 2 * frequencies.shape[0]
     lanes = min(LANES, next_power(width))
+    exists, index = live[row], window[row]
 
-    @pl.when(live[row] != 0)
+    @pl.when(exists != 0)
     def _() -> None:
         total = jnp.zeros(lanes, f32)
         for start in range(0, width, lanes):
@@ -90,7 +92,7 @@ def _finish(
         place = part * size + jnp.arange(size, dtype=i32)
         inside, offset = place < width, place - tail
         rotated = offset >= 0
-        angle = (window[row] * ratio).astype(f32) * load(frequencies, offset >> 1, mask=inside & rotated)
+        angle = (index * ratio).astype(f32) * load(frequencies, offset >> 1, mask=inside & rotated)
         sin = jnp.where((offset & 1) == 0, -jnp.sin(angle), jnp.sin(angle))
         y = normed(place, inside)
         # The other feature of the pair is loaded once more, so nothing moves between lanes.

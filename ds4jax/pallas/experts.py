@@ -18,7 +18,17 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, planes, steps
-from ds4jax.pallas.linear import Dots, activation_planes, each_row, form, lane_sums, project, row_tiles, tile_rows
+from ds4jax.pallas.linear import (
+    Dots,
+    activation_planes,
+    each_row,
+    form,
+    lane_sums,
+    project,
+    row_numbers,
+    row_tiles,
+    tile_rows,
+)
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch
 from ds4jax.pallas.quantise import flatten_rows, quantise
 from ds4jax.quants import QTensor
@@ -52,16 +62,17 @@ def _gate_up(
     def kernel(ptx: Instructions, live: Any, ids: Any, weights: Any, acts: Any, w1: Any, w3: Any, out: Any) -> None:
         pair = pl.program_id(0)
         t, k = pair // top_k, pair % top_k
+        exists, expert, weight = live[t] != 0, ids[t, k], weights[t, k]  # one wait for all of them
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
 
-        @pl.when(live[t] != 0)
+        @pl.when(exists)
         def _() -> None:
-            expert, chosen = ids[t, k], [pl.program_id(1) * tile + i for i in range(tile)]
             gate = _dots(ptx, (format1, w1), width, (expert,), chosen, acts[forms[0]])
             up = _dots(ptx, (format3, w3), width, (expert,), chosen, acts[forms[1]])
             (lanes,) = lane_sums([gate, up], [t])
             values = [ptx.tree_sum(x) for x in lanes]
             for row, g, u in zip(chosen, values[:tile], values[tile:], strict=True):
-                out[t, k, row] = _swiglu(g, u, limit) * weights[t, k]
+                out[t, k, row] = _swiglu(g, u, limit) * weight
 
     return launch(
         kernel,
@@ -89,13 +100,14 @@ def _down(live: Array, a: Activation, ids: Array, w2: Weight, *, interpret: bool
 
     def kernel(ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, out: Any) -> None:
         t = pl.program_id(0)
+        exists, experts = live[t] != 0, [ids[t, k] for k in range(top_k)]
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
 
-        @pl.when(live[t] != 0)
+        @pl.when(exists)
         def _() -> None:
-            chosen = [pl.program_id(1) * tile + i for i in range(tile)]
             totals: list[Array] = []
             for k in range(top_k):
-                dots = _dots(ptx, (format2, w2), width, (ids[t, k],), chosen, acts[taken])
+                dots = _dots(ptx, (format2, w2), width, (experts[k],), chosen, acts[taken])
                 for step in dots.steps:  # one running sum over the steps of all k
                     (fresh,) = lane_sums([dataclasses.replace(dots, steps=[step])], [t * top_k + k])
                     totals = [a + b for a, b in zip(totals, fresh, strict=True)] if totals else fresh
@@ -138,13 +150,12 @@ def shared_expert(
     live: Array, a: Activation, w1: Weight, w3: Weight, w2: Weight, *, limit: float, act: str, interpret: bool
 ) -> Array:
     """Kernel of `ops.moe.shared_expert`."""
-    rows, tiles, mask = row_tiles(live)
     total, (wide, width) = live.shape[0], w1.shape
     (format1, planes1), (format3, planes3) = planes(w1), planes(w3)
     tile = math.gcd(tile_rows(format1, wide, width), tile_rows(format3, wide, width))
     forms = form(format1, a), form(format3, a)
 
-    def kernel(ptx: Instructions, live: Any, acts: Any, w1: Any, w3: Any, out: Any) -> None:
+    def kernel(ptx: Instructions, acts: Any, w1: Any, w3: Any, out: Any) -> None:
         chosen = [pl.program_id(1) * tile + i for i in range(tile)]
         gate = _dots(ptx, (format1, w1), width, (), chosen, acts[forms[0]])
         up = _dots(ptx, (format3, w3), width, (), chosen, acts[forms[1]])
@@ -153,13 +164,12 @@ def shared_expert(
             for row, g, u in zip(chosen, values[:tile], values[tile:], strict=True):
                 out[m, row] = _swiglu(g, u, limit)
 
-        each_row(ptx, live, pl.program_id(0) * rows, rows, [gate, up], done)
+        each_row(ptx, row_numbers(total), [gate, up], done)
 
     hidden = launch(
         kernel,
         jax.ShapeDtypeStruct((total, wide), f32),
-        (tiles, wide // tile),
-        mask,
+        (row_tiles(total)[1], wide // tile),
         activation_planes(live, a, set(forms), interpret),
         planes1,
         planes3,
@@ -168,4 +178,4 @@ def shared_expert(
         interpret=interpret,
     )
     codes = quantise(live, hidden, act=act, interpret=interpret)
-    return project(live, codes, (w2,), lambda m, row, n: m, name="shared_down", interpret=interpret)[0]
+    return project(live, codes, total, (w2,), lambda m, row, n: m, name="shared_down", interpret=interpret)[0]

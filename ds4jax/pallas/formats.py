@@ -21,7 +21,11 @@ from ds4jax.pallas.ptx import Instructions, f32, i32, load
 from ds4jax.quants import QTensor, iq2_xxs_levels
 
 Term = Callable[[Any, Any], Array]
-"""Term of every lane for one activation row: (activation references, row index) -> f32 [lanes]."""
+"""Term of every lane for one activation row: (activation references, row index) -> f32 [lanes].
+
+References named "x" are float activations in the order of the lanes: `ops.linear` defines them as a float dot, so there
+kernel and reference agree within rounding, not bit for bit.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,20 @@ class Lanes:
         return load(ref, *lead, place, mask=self.mask, once=once)
 
 
-def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
-    """A lane is a group of 32 values."""
-    words = [lanes.load(w["word"], *row, j, once=True) for j in range(8)]
-    scale = lanes.load(w["d"], *row, once=True).astype(f32)
+def _signed_byte(word: Array, byte: int) -> Array:
+    return ((word << (24 - 8 * byte)) >> 24).astype(f32)
+
+
+def _group_term(ptx: Instructions, lanes: Lanes, words: list[Array], scale: Array) -> Term:
+    """A lane is a group of 32 values, eight words of signed bytes."""
 
     def term(a: Any, m: Any) -> Array:
+        if "x" in a:
+            total = jnp.zeros(lanes.count, f32)
+            for j, word in enumerate(words):
+                for byte in range(4):
+                    total = total + (scale * _signed_byte(word, byte)) * lanes.load(a["x"], m, 4 * j + byte)
+            return total
         isum = jnp.zeros(lanes.count, i32)
         for j, word in enumerate(words):
             isum = ptx.dp4a(word, lanes.load(a["word"], m, j), isum)
@@ -63,8 +75,15 @@ def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
     return term
 
 
+def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
+    """Words of the file."""
+    words = [lanes.load(w["word"], *row, j, once=True) for j in range(8)]
+    scale = lanes.load(w["d"], *row, once=True).astype(f32)
+    return _group_term(ptx, lanes, words, scale)
+
+
 def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
-    """A lane is a group of 32 values: four grid entries of eight magnitudes, looked up as eight 4-bit codes each."""
+    """Four grid entries of eight magnitudes, looked up as eight 4-bit codes each."""
     index, sign = lanes.load(w["idx"], *row, once=True), lanes.load(w["sign"], *row, once=True)
     nibble = (lanes.load(w["scale"], *row, per=8) >> (4 * (lanes.index % 8))) & 15
     scale = (lanes.load(w["d"], *row, per=8).astype(f32) * (0.5 + nibble.astype(f32))) * 0.25
@@ -73,14 +92,11 @@ def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: L
         negative = sign << (2 - k) if k < 3 else sign >> 1
         code = load(w["table"], (index >> (8 * k)) & 255) ^ (negative & 0x44444444)
         words += [ptx.permute(0x002B1908, 0x00D5E7F8, code), ptx.permute(0x002B1908, 0x00D5E7F8, code >> 16)]
+    return _group_term(ptx, lanes, words, scale)
 
-    def term(a: Any, m: Any) -> Array:
-        isum = jnp.zeros(lanes.count, i32)
-        for j, word in enumerate(words):
-            isum = ptx.dp4a(word, lanes.load(a["word"], m, j), isum)
-        return isum.astype(f32) * (scale * lanes.load(a["scale"], m))
 
-    return term
+def _byte(word: Array, byte: int, mask: int) -> Array:
+    return ((word >> (8 * byte)) & mask).astype(f32)
 
 
 def q2_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
@@ -91,6 +107,14 @@ def q2_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
     minimum = (s >> (8 * (lanes.index % 4) + 4)) & 15
 
     def term(a: Any, m: Any) -> Array:
+        if "x" in a:
+            total = jnp.zeros(lanes.count, f32)
+            for j in range(4):
+                scale, low = ((s >> (8 * j + shift)) & 15 for shift in (0, 4))
+                for byte in range(4):
+                    value = (d * scale.astype(f32)) * _byte(word >> (2 * j), byte, 3) - dmin * low.astype(f32)
+                    total = total + value * lanes.load(a["x"], m, 4 * j + byte)
+            return total
         isum, zero = jnp.zeros(lanes.count, i32), jnp.zeros(lanes.count, i32)
         for j in range(4):
             part = ptx.dp4a((word >> (2 * j)) & 0x03030303, lanes.load(a["word"], m, j), zero)
@@ -115,10 +139,22 @@ def q4_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
         scales.append(jnp.where(chunk < 2, lo & 63, (more & 15) | ((lo >> 2) & 48)))
         minima.append(jnp.where(chunk < 2, hi & 63, (more >> 4) | ((hi >> 2) & 48)))
 
+    place = 16 * block + 8 * (chunk // 2) + lane % 8
+
     def term(a: Any, m: Any) -> Array:
+        if "x" in a:
+            total = jnp.zeros(lanes.count, f32)
+            for j in range(2):
+                quarter = 2 * (chunk % 2) + j
+                for byte in range(4):
+                    value = (d * scales[j].astype(f32)) * _byte(word >> (4 * j), byte, 15) - dmin * minima[j].astype(
+                        f32
+                    )
+                    total = total + value * load(a["x"], m, 4 * quarter + byte, place, mask=lanes.mask)
+            return total
         isum, least, zero = (jnp.zeros(lanes.count, i32) for _ in range(3))
         for j in range(2):
-            quarter, place = 2 * (chunk % 2) + j, 16 * block + 8 * (chunk // 2) + lane % 8
+            quarter = 2 * (chunk % 2) + j
             x = load(a["word"], m, quarter, place, mask=lanes.mask)
             isum = isum + scales[j] * ptx.dp4a((word >> (4 * j)) & 0x0F0F0F0F, x, zero)
             least = least + minima[j] * ptx.dp4a(jnp.full(lanes.count, 0x01010101, i32), x, zero)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ PART = 256  # features that a program collapses
 POST_PART = 128  # features that a program of `hyper_post` returns to the streams
 
 Matrix = list[list[Array]]
-"""Scalars `[H][H]`: small enough to live in registers."""
+"""Elements `[H][H]`, each the same in all lanes of a warp: small enough to live in registers."""
 
 
 def sigmoid(x: Array) -> Array:
@@ -26,16 +27,16 @@ def sigmoid(x: Array) -> Array:
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
-def sinkhorn(logits: Matrix, iters: int, eps: float) -> Matrix:
+def sinkhorn(ptx: Instructions, logits: Matrix, iters: int, eps: float) -> Matrix:
     """`ops.hyper.sinkhorn` of one matrix."""
     size, e = len(logits), jnp.float32(eps)
 
     def rows(m: Matrix) -> Matrix:
-        inverse = [1.0 / (add_in_tree(row) + e) for row in m]
+        inverse = [ptx.reciprocal(add_in_tree(row) + e) for row in m]
         return [[v * i for v in row] for row, i in zip(m, inverse, strict=True)]
 
     def columns(m: Matrix) -> Matrix:
-        inverse = [1.0 / (add_in_tree([row[k] for row in m]) + e) for k in range(size)]
+        inverse = [ptx.reciprocal(add_in_tree([row[k] for row in m]) + e) for k in range(size)]
         return [[v * i for v, i in zip(row, inverse, strict=True)] for row in m]
 
     def softmax(row: list[Array]) -> list[Array]:
@@ -43,7 +44,7 @@ def sinkhorn(logits: Matrix, iters: int, eps: float) -> Matrix:
         for v in row[1:]:
             peak = jnp.maximum(peak, v)
         exps = [jnp.exp(v - peak) for v in row]
-        inverse = 1.0 / add_in_tree(exps)
+        inverse = ptx.reciprocal(add_in_tree(exps))
         return [v * inverse + e for v in exps]
 
     first = columns([softmax(row) for row in logits])
@@ -103,14 +104,18 @@ def hyper_pre(
             def _() -> None:
                 values = logits()
                 store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
-                start = [[pick(values, 2 * h + j * h + k) for k in range(h)] for j in range(h)]
-                for j, weights in enumerate(sinkhorn(start, iters, hc_eps)):
-                    for k, weight in enumerate(weights):
-                        mixing[row, j, k] = weight
+                # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
+                tile = (max(32, power_of_two(h * h)),)
+                start = [jnp.broadcast_to(pick(values, 2 * h + index), tile) for index in range(h * h)]
+                rows_of = [start[index : index + h] for index in range(0, h * h, h)]
+                result, place = jnp.zeros(tile, f32), jnp.arange(tile[0], dtype=i32)
+                for index, weight in enumerate(itertools.chain(*sinkhorn(ptx, rows_of, iters, hc_eps))):
+                    result = jnp.where(place == index, weight, result)
+                store(mixing, result, row, place, mask=place < h * h)
 
-    return launch(
+    collapsed, post, mixing = launch(
         kernel,
-        tuple(jax.ShapeDtypeStruct(shape, f32) for shape in ((rows, depth), (rows, h), (rows, h, h))),
+        tuple(jax.ShapeDtypeStruct(shape, f32) for shape in ((rows, depth), (rows, h), (rows, h * h))),
         (rows, depth // size + 1),
         live.astype(i32),
         parts,
@@ -121,6 +126,7 @@ def hyper_pre(
         warps=1,
         interpret=interpret,
     )
+    return collapsed, post, mixing.reshape(rows, h, h)
 
 
 def hyper_head(

@@ -53,12 +53,13 @@ def _scores(
     heads, size = weights.shape[1], q.shape[2]
     head = jnp.arange(max(next_power(heads), 16), dtype=i32)
     feature = jnp.arange(size, dtype=i32)
+    exists, length, b = live[row], visible[row], sequence[row]
 
-    @pl.when((live[row] != 0) & (start < visible[row]))
+    @pl.when((exists != 0) & (start < length))
     def _() -> None:
         at = start + jnp.arange(KEYS, dtype=i32)
         there = (at < rows.shape[1])[:, None] & (feature < rows.shape[2])[None]
-        keys = load(rows, sequence[row], at[:, None], feature[None], mask=there)
+        keys = load(rows, b, at[:, None], feature[None], mask=there)
         query = load(q, row, head[None], feature[:, None], mask=(head < heads)[None])
         if q.dtype == jnp.bfloat16:
             dots = jnp.dot(keys.astype(jnp.bfloat16), query, preferred_element_type=f32)
@@ -91,45 +92,42 @@ def _select(
     The k-th largest key is found bit by bit, from the number of keys that are not below a candidate.
     """
     part, row = pl.program_id(0), pl.program_id(1)
+    exists, length = live[row], visible[row]
+    for _level in range(level):
+        length = (length + CHUNK - 1) // CHUNK * top_k
 
-    @pl.when(live[row] != 0)
+    @pl.when((exists != 0) & ((part == 0) | (part * CHUNK < length)))
     def _() -> None:
-        length = visible[row]
-        for _ in range(level):
-            length = (length + CHUNK - 1) // CHUNK * top_k
+        at = part * CHUNK + jnp.arange(size, dtype=i32)
+        valid = at < length
+        index = at
+        if ids is not None:
+            index = load(ids, row, at, mask=valid)
+            valid = valid & (index < empty)
+        score = load(scores, row, at, mask=valid)
+        bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
+        key = jnp.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
 
-        @pl.when((part == 0) | (part * CHUNK < length))
-        def _() -> None:
-            at = part * CHUNK + jnp.arange(size, dtype=i32)
-            valid = at < length
-            index = at
-            if ids is not None:
-                index = load(ids, row, at, mask=valid)
-                valid = valid & (index < empty)
-            score = load(scores, row, at, mask=valid)
-            bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
-            key = jnp.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+        def bisect(step: Array, low: Array) -> Array:
+            candidate = low + (jnp.int32(1) << (31 - step))
+            enough = jnp.sum((key >= candidate).astype(i32)) >= top_k
+            return jnp.where(enough, candidate, low)
 
-            def bisect(step: Array, low: Array) -> Array:
-                candidate = low + (jnp.int32(1) << (31 - step))
-                enough = jnp.sum((key >= candidate).astype(i32)) >= top_k
-                return jnp.where(enough, candidate, low)
-
-            steps = jnp.where(jnp.sum(valid.astype(i32)) > top_k, 32, 0)
-            threshold = lax.fori_loop(0, steps, bisect, jnp.int32(LOWEST))
-            above = valid & (key > threshold)
-            equal = valid & (key == threshold)
-            wanted = top_k - jnp.sum(above.astype(i32))
-            chosen = above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))
-            rank = jnp.cumsum(chosen.astype(i32)) - 1
-            # The others behind them: the interpreter writes every place, where masked what it holds.
-            slot = jnp.where(chosen, rank, top_k + jnp.arange(size, dtype=i32) - rank)
-            store(best, index, row, part * top_k + slot, mask=chosen)
-            if best_scores is not None:
-                store(best_scores, score, row, part * top_k + slot, mask=chosen)
-            slots = jnp.arange(next_power(top_k), dtype=i32)
-            unused = (slots >= jnp.sum(chosen.astype(i32))) & (slots < top_k)
-            store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
+        steps = 32 * (jnp.sum(valid.astype(i32)) > top_k).astype(i32)
+        threshold = lax.fori_loop(jnp.int32(0), steps, bisect, jnp.int32(LOWEST))
+        above = valid & (key > threshold)
+        equal = valid & (key == threshold)
+        wanted = top_k - jnp.sum(above.astype(i32))
+        chosen = above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))
+        rank = jnp.cumsum(chosen.astype(i32)) - 1
+        # The others behind them: the interpreter writes every place, where masked what it holds.
+        slot = jnp.where(chosen, rank, top_k + jnp.arange(size, dtype=i32) - rank)
+        store(best, index, row, part * top_k + slot, mask=chosen)
+        if best_scores is not None:
+            store(best_scores, score, row, part * top_k + slot, mask=chosen)
+        slots = jnp.arange(next_power(top_k), dtype=i32)
+        unused = (slots >= jnp.sum(chosen.astype(i32))) & (slots < top_k)
+        store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
 
 
 def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:

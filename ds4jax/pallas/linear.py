@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch
+from ds4jax.pallas.ptx import Instructions, f32, launch
 from ds4jax.pallas.quantise import act_q8k
 from ds4jax.quants import QTensor
 
@@ -37,8 +37,14 @@ def form(format: str, a: Activation) -> str:
 def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bool) -> dict[str, dict[str, Array]]:
     """The arrays that terms read, by form."""
     given: dict[str, dict[str, Array]] = {}
+    rows = a.x.shape[0]
     if "x" in forms:
         given["x"] = {"x": a.x}
+    if "q8 float" in forms:  # value of the group, group
+        given["q8 float"] = {"x": jnp.swapaxes(a.x.reshape(rows, -1, 32), 1, 2)}
+    if "q8k float" in forms:  # quarter and byte, word of the quarter
+        parts = a.x.reshape(rows, -1, 2, 4, 8, 4).transpose(0, 3, 5, 1, 2, 4)
+        given["q8k float"] = {"x": parts.reshape(rows, 16, -1)}
     if "q8" in forms:
         assert a.q8 is not None
         given["q8"] = {"word": a.q8.word, "scale": a.q8.scale}
@@ -48,12 +54,17 @@ def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bo
     return given
 
 
-def row_tiles(live: Array) -> tuple[int, int, Array]:
-    """Rows of a program, programs that share the rows of a call, and the mask of whole tiles, i32."""
-    total = live.shape[0]
+def row_tiles(total: int) -> tuple[int, int]:
+    """Rows of a program, and the number of programs that share the rows of a call."""
     rows = min(total, ROWS)
-    tiles = -(-total // rows)
-    return rows, tiles, jnp.pad(live.astype(i32), (0, tiles * rows - total))
+    return rows, -(-total // rows)
+
+
+def row_numbers(total: int) -> list[Any]:
+    """The rows of this program; beyond the last row, the last one again."""
+    rows, tiles = row_tiles(total)
+    first = pl.program_id(0) * rows
+    return [first + m if tiles * rows == total else jnp.minimum(first + m, total - 1) for m in range(rows)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,76 +79,41 @@ class Dots:
     act: Callable[[int, Any], tuple[Any, Any]]
 
 
-def lane_sums(weights: Sequence[Dots], ms: Sequence[Any], here: Sequence[Any] | None = None) -> list[list[Array]]:
+def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
     """Running sums of the lanes, f32 [lanes], for each activation row and each weight row (all weights in a row).
 
-    `here` says which of the rows `ms` exist; None: all of them. A step of a weight is read once.
+    Step by step, so that what is loaded of a weight is soon done with, and all before the caller's first store: beyond
+    a store, activations would be loaded again.
     """
     totals: list[list[Array]] = [[] for _ in ms]
     for weight in weights:
         for number, lanes in enumerate(weight.steps):
             terms = [read(lanes) for read in weight.reads]
-            for row, m in enumerate(ms):
-
-                def fresh(terms: list[Term] = terms, m: Any = m, weight: Dots = weight) -> list[Array]:
-                    return [term(*weight.act(i, m)) for i, term in enumerate(terms)]
-
-                def nothing(count: int = lanes.count, rows: int = len(terms)) -> list[Array]:
-                    return [jnp.zeros(count, f32)] * rows
-
-                values = fresh() if here is None else jax.lax.cond(here[row], fresh, nothing)
-                done = len(totals[row]) - len(terms) if number else len(totals[row])
-                before = totals[row][done:]
-                totals[row][done:] = [a + b for a, b in zip(before, values, strict=True)] if number else values
+            for m, total in zip(ms, totals, strict=True):
+                fresh = [term(*weight.act(i, m)) for i, term in enumerate(terms)]
+                if number:
+                    fresh = [a + b for a, b in zip(total[-len(terms) :], fresh, strict=True)]
+                    del total[-len(terms) :]
+                total += fresh
     return totals
 
 
 def each_row(
-    ptx: Instructions,
-    live: Any,
-    first: Any,
-    rows: int,
-    weights: Sequence[Dots],
-    done: Callable[[Any, list[Array]], None],
+    ptx: Instructions, ms: Sequence[Any], weights: Sequence[Dots], done: Callable[[Any, list[Array]], None]
 ) -> None:
-    """Calls `done` with the activation rows among `first .. first + rows - 1` that exist, and their sums.
+    """Calls `done` with each activation row and its sums.
 
-    All rows at once if all exist, so that their loads overlap; otherwise absent ones are jumped over.
+    Absent rows are computed like others: a branch that waits for the mask costs more than their arithmetic, since the
+    weights are read anyway.
     """
-    ms = [first + m for m in range(rows)]
-    here = [live[m] != 0 for m in ms]
-
-    def all_of_them() -> None:
-        # All sums before the first store: beyond a store, activations would be loaded again.
-        totals = lane_sums(weights, ms)
-        for m, lanes in zip(ms, totals, strict=True):
-            done(m, [ptx.tree_sum(x) for x in lanes])
-
-    def some_of_them() -> None:
-        totals = lane_sums(weights, ms, here)
-        for m, exists, lanes in zip(ms, here, totals, strict=True):
-
-            @pl.when(exists)
-            def _(m: Any = m, lanes: list[Array] = lanes) -> None:
-                done(m, [ptx.tree_sum(x) for x in lanes])
-
-    if MODE == "none":
-        all_of_them()
-    elif MODE == "cond":
-        some_of_them()
-    else:
-        everyone = functools.reduce(jnp.logical_and, here)
-        pl.when(everyone)(all_of_them)
-        if rows > 1:
-            pl.when(jnp.logical_not(everyone))(some_of_them)
-
-
-MODE = "both"
+    for m, lanes in zip(ms, lane_sums(weights, ms), strict=True):
+        done(m, [ptx.tree_sum(x) for x in lanes])
 
 
 def project(
     live: Array,
     a: Activation,
+    total: int,
     ws: Sequence[Array | QTensor],
     act_row: Callable[[Any, Any, int], Any],
     *,
@@ -147,18 +123,18 @@ def project(
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
     Args:
-        live: which of the output's rows exist `[T']`.
+        live: which activation rows exist `[T]`.
+        total: output rows.
         act_row: (output row, weight row, N) -> activation row.
     """
-    total = live.shape[0]
-    rows, tiles, mask = row_tiles(live)
+    tiles = row_tiles(total)[1]
     read = [planes(w) for w in ws]
     sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
     forms = [form(format, a) for format, _ in read]
     programs = [n // tile for n, tile in sizes]
 
-    def kernel(ptx: Instructions, live: Any, acts: Any, weights: Any, *outs: Any) -> None:
-        column, first = pl.program_id(1), pl.program_id(0) * rows
+    def kernel(ptx: Instructions, acts: Any, weights: Any, *outs: Any) -> None:
+        column, ms = pl.program_id(1), row_numbers(total)
 
         def segment(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
@@ -171,7 +147,7 @@ def project(
                 for row, value in zip(chosen, values, strict=True):
                     out[m, row] = value
 
-            each_row(ptx, live, first, rows, [dots], done)
+            each_row(ptx, ms, [dots], done)
 
         begin = 0
         for index, count in enumerate(programs):
@@ -186,7 +162,6 @@ def project(
         kernel,
         tuple(jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes),
         (tiles, sum(programs)),
-        mask,
         activation_planes(live, a, set(forms), interpret),
         [arrays for _, arrays in read],
         name=name,
@@ -197,7 +172,7 @@ def project(
 
 def linear(live: Array, a: Activation, *ws: Array | QTensor, interpret: bool) -> tuple[Array, ...]:
     """Kernel of `ops.linear.linear`."""
-    return project(live, a, ws, lambda m, row, n: m, name="linear", interpret=interpret)
+    return project(live, a, live.shape[0], ws, lambda m, row, n: m, name="linear", interpret=interpret)
 
 
 def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret: bool) -> Array:
@@ -208,4 +183,5 @@ def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret:
     def act_row(m: Any, row: Any, n: int) -> Any:
         return m * groups + row // (n // groups)
 
-    return project(live, flat, (w,), act_row, name="grouped_linear", interpret=interpret)[0]
+    every = jnp.repeat(live, groups)
+    return project(every, flat, live.shape[0], (w,), act_row, name="grouped_linear", interpret=interpret)[0]

@@ -95,7 +95,7 @@ def act_q8k(live: Array, x: Array, *, interpret: bool) -> Q8K:
         _q8k_part,
         tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
         (rows, width // 256),
-        live,
+        live.astype(i32),
         x,
         name="act_q8k",
         warps=1,

@@ -18,10 +18,11 @@ from ds4jax.activation import Q8, Activation
 from ds4jax.pallas.norm import inverse_rms, row_shapes
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
 from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import part_size, power_of_two, when_live
+from ds4jax.pallas.rows import part_size, when_live
 from ds4jax.pallas.simulate import FP8_BLOCK, fp8_round_trip
 
 PART = 256  # features that a program of `unrotate` takes
+HEAD_PART = 128  # features that a program of `q_norm_rope` takes
 
 
 def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) -> Array:
@@ -94,11 +95,10 @@ def norm_rope(
 
 
 def q_norm_rope(live: Array, q: Array, cos: Array, sin: Array, *, eps: float, interpret: bool) -> Array:
-    """Kernel of `ops.rope.q_norm_rope`: a program per head."""
+    """Kernel of `ops.rope.q_norm_rope`."""
     flat = q.reshape(-1, q.shape[-1])
-    whole = power_of_two(q.shape[-1])
     out = norm_rope(
-        live, flat, cos, sin, None, size=whole, eps=eps, simulate=False, name="q_norm_rope", interpret=interpret
+        live, flat, cos, sin, None, size=HEAD_PART, eps=eps, simulate=False, name="q_norm_rope", interpret=interpret
     )
     return out.reshape(q.shape)
 

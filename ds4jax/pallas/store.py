@@ -21,13 +21,14 @@ def store_rows(live: Array, rows: Array, sequence: Array, place: Array, target: 
 
     def kernel(ptx: Instructions, live: Any, rows: Any, sequence: Any, place: Any, target: Any, out: Any) -> None:
         row, part = pl.program_id(0), pl.program_id(1)
+        exists, b, where = live[row], sequence[row], place[row]
 
-        @pl.when(live[row] != 0)
+        @pl.when(exists != 0)
         def _() -> None:
             at = part * size + jnp.arange(size, dtype=i32)
             mask = at < width
             value = load(rows, row, at, mask=mask).astype(out.dtype)
-            store(out, value, sequence[row], place[row], at, mask=mask)
+            store(out, value, b, where, at, mask=mask)
 
     return launch(
         kernel,

@@ -1,0 +1,179 @@
+"""Kernels of projections and experts, interpreted: bit for bit the reference wherever activations are int8 codes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quantised_numpy import packed, quantised_dot_numpy, random_blocks
+
+from ds4jax.activation import Activation
+from ds4jax.errors import ConfigError
+from ds4jax.ops import linear as reference
+from ds4jax.ops import moe
+from ds4jax.ops.quantise import act_q8k, quantise
+from ds4jax.pallas import KERNELS, experts
+from ds4jax.pallas import linear as kernels
+from ds4jax.pallas import quantise as quantise_kernels
+from ds4jax.pallas.ptx import Emulated
+from ds4jax.quants import QTensor
+
+FORMATS = ["Q8_0", "IQ2_XXS", "Q2_K", "Q4_K"]
+
+
+def rows(count: int, width: int, seed: int = 0) -> jax.Array:
+    """Rows of very different magnitude, the first with a zero block and a negative peak."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, width)) * 10.0 ** rng.uniform(-3, 3, (count, 1))
+    x[0, :32] = 0
+    x[0, 40] = -2 * np.abs(x[0]).max()
+    return jnp.asarray(x.astype(np.float32))
+
+
+def stored(name: str, *shape: int, seed: int = 0) -> QTensor:
+    *lead, width = shape
+    blocks = width // (32 if name == "Q8_0" else 256)
+    raw = random_blocks(name, int(np.prod(lead)), blocks, seed)
+    return packed(name, raw.reshape(*lead, -1), shape)
+
+
+def everyone(count: int) -> jax.Array:
+    return jnp.ones(count, bool)
+
+
+def assert_equal(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# ----------------------------------------------------------------------------------------------- instructions
+
+
+def test_emulated_instructions():
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.integers(-(2**31), 2**31, 40).astype(np.int32) for _ in range(3))
+    ptx = Emulated()
+    signed = [word.view(np.int8).reshape(40, 4).astype(np.int64) for word in (a, b)]
+    want = (c + (signed[0] * signed[1]).sum(1)).astype(np.int32)
+    np.testing.assert_array_equal(np.asarray(ptx.dp4a(jnp.asarray(a), jnp.asarray(b), jnp.asarray(c))), want)
+    low, high = 0x002B1908, 0x00D5E7F8
+    pool = np.frombuffer(np.array([low, high], np.uint32).tobytes(), np.uint8)
+    picked = np.stack([pool[(a >> (4 * byte)) & 7] for byte in range(4)], 1)
+    got = np.asarray(ptx.permute(low, high, jnp.asarray(a)))
+    np.testing.assert_array_equal(got, np.ascontiguousarray(picked).view(np.int32)[:, 0])
+    halves = jnp.asarray([0.5, 1.5, 2.5, -0.5, -1.5, 126.7], jnp.float32)
+    np.testing.assert_array_equal(np.asarray(ptx.rint(halves)), [0, 2, 2, 0, -2, 127])
+    values = rng.standard_normal((3, 8)).astype(np.float32)
+    tree = [((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])) for v in values]
+    np.testing.assert_array_equal(np.asarray(jax.jit(ptx.tree_sum)(jnp.asarray(values))), np.array(tree))
+
+
+# --------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("shape", [(2, 96), (2, 2048), (2, 3, 64)])
+def test_quantise(shape):
+    x = rows(int(np.prod(shape[:-1])), shape[-1]).reshape(shape)
+    got = quantise_kernels.quantise(everyone(2), x, act="q8", interpret=True)
+    assert_equal(got, jax.jit(functools.partial(quantise, act="q8"))(x))
+
+
+def test_act_q8k():
+    x = rows(2, 512)
+    x = x.at[1, 300].set(-jnp.max(jnp.abs(x[1, 256:]))).at[1, 400].set(-x[1, 300])  # equal peaks: the first counts
+    assert_equal(quantise_kernels.act_q8k(everyone(2), x, interpret=True), jax.jit(act_q8k)(x))
+
+
+def test_float_activations_stay_as_they_are():
+    x = rows(2, 64)
+    got = quantise_kernels.quantise(everyone(2), x, act="f32", interpret=True)
+    assert got.q8 is None and got.x is x
+
+
+# --------------------------------------------------------------------------------------------------- projections
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_equals_reference_and_numpy(name):
+    """Six weight rows of one format; K-quants with more terms than lanes, the others with lanes beyond the terms."""
+    width = {"Q8_0": 96, "IQ2_XXS": 5 * 256, "Q2_K": 9 * 256, "Q4_K": 5 * 256}[name]
+    raw = random_blocks(name, 6, width // (32 if name == "Q8_0" else 256), seed=3)
+    weight, x = packed(name, raw, (6, width)), rows(2, width, seed=4)
+    a = jax.jit(functools.partial(quantise, act="q8"))(x)
+    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, weight)[0]
+    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, weight)[0]
+    assert_equal(got, want)
+    assert_equal(got, quantised_dot_numpy(name, np.asarray(x), raw))
+
+
+def test_several_weights_in_one_launch_and_more_rows_than_a_program():
+    """Eleven rows are two programs of eight, the last of which repeats row 10."""
+    ws = (stored("Q8_0", 4, 64), stored("Q8_0", 3, 64, seed=1), jnp.asarray(np.ones((2, 64), np.float16)))
+    a = quantise(rows(11, 64), act="q8")
+    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(11), a, *ws)
+    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, *ws)
+    assert_equal(got[:2], want[:2])
+    np.testing.assert_allclose(np.asarray(got[2]), np.asarray(want[2]), rtol=1e-5)
+    alone = jax.jit(functools.partial(kernels.linear, interpret=True))(
+        everyone(1), jax.tree.map(lambda v: v[10:], a), *ws
+    )
+    assert_equal(alone, [v[10:] for v in got])
+
+
+def test_grouped_linear():
+    weight, x = stored("Q8_0", 2 * 3, 96, seed=5), rows(2 * 2, 96).reshape(2, 2, 96)
+    a = quantise(x, act="q8")
+    got = jax.jit(functools.partial(kernels.grouped_linear, interpret=True))(everyone(2), a, weight)
+    assert_equal(got, jax.jit(functools.partial(reference.grouped_linear, precision="highest"))(a, weight))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float_activations(name):
+    weight, x = stored(name, 4, 512, seed=6), rows(2, 512)
+    a = Activation(x, None)
+    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, weight)[0]
+    want = np.asarray(x, np.float64) @ np.asarray(reference.dense(weight), np.float64).T
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(reference.dense(weight), np.float64)).T
+    # 512 products, each rounded once, and as many sums: far below the worst case of 512 units in the last place.
+    np.testing.assert_array_less(np.abs(np.asarray(got) - want), 16 * 2.0**-24 * size + 1e-30)
+
+
+def test_a_format_without_a_kernel_is_an_error():
+    weight = QTensor({"raw": jnp.zeros((2, 1, 210), jnp.uint8)}, "Q6_K", (2, 256))
+    with pytest.raises(ConfigError, match="no kernel reads Q6_K weights"):
+        KERNELS["linear"](everyone(1), quantise(rows(1, 256), act="q8"), weight, interpret=True)
+
+
+# ------------------------------------------------------------------------------------------------------ experts
+
+
+@pytest.mark.parametrize(
+    "formats", [("IQ2_XXS", "IQ2_XXS", "Q2_K"), ("Q8_0", "Q8_0", "Q8_0"), ("Q4_K", "Q4_K", "Q4_K")]
+)
+def test_routed_experts(formats):
+    """Equal to the reference; an absent row changes nothing, and a row alone gives what it gives among others."""
+    rng = np.random.default_rng(7)
+    shapes = ((3, 256, 256), (3, 256, 256), (3, 4, 256))
+    w1, w3, w2 = (stored(name, *shape, seed=i) for i, (name, shape) in enumerate(zip(formats, shapes, strict=True)))
+    a = jax.jit(functools.partial(quantise, act="q8"))(jnp.asarray(rng.standard_normal((3, 256)).astype(np.float32)))
+    ids = jnp.asarray([[2, 0], [0, 1], [1, 2]], jnp.int32)
+    weights = jnp.asarray(rng.uniform(0.1, 1, (3, 2)).astype(np.float32))
+    run = jax.jit(functools.partial(experts.routed_experts, limit=1.5, act="q8", interpret=True))
+    got = np.asarray(run(everyone(3), a, ids, weights, w1, w3, w2))
+    function = functools.partial(moe.routed_experts, limit=1.5, act="q8", precision="highest")
+    assert_equal(got, jax.jit(function)(a, ids, weights, w1, w3, w2))
+    some = np.asarray(run(jnp.asarray([False, True, False]), a, ids, weights, w1, w3, w2))
+    assert_equal(some[1], got[1])
+
+
+def test_shared_expert():
+    w1, w3, w2 = stored("Q8_0", 64, 96), stored("Q8_0", 64, 96, seed=1), stored("Q8_0", 5, 64, seed=2)
+    a = jax.jit(functools.partial(quantise, act="q8"))(
+        jnp.asarray(np.random.default_rng(8).standard_normal((2, 96), np.float32))
+    )
+    got = jax.jit(functools.partial(experts.shared_expert, limit=0.5, act="q8", interpret=True))(
+        everyone(2), a, w1, w3, w2
+    )
+    function = functools.partial(moe.shared_expert, limit=0.5, act="q8", precision="highest")
+    assert_equal(got, jax.jit(function)(a, w1, w3, w2))
