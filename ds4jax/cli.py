@@ -65,13 +65,7 @@ Special = Annotated[
 Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
 Speculative = Annotated[
     str | None,
-    typer.Option(
-        "--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block; the text is the same."
-    ),
-]
-DraftCost = Annotated[
-    float | None,
-    typer.Option("--draft-cost", help="For auto: time of a draft and its row as a share of a step without drafts."),
+    typer.Option("--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block."),
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
 
@@ -116,7 +110,6 @@ def generate(
     context: Context = None,
     chunk: Chunk = None,
     speculative: Speculative = None,
-    draft_cost: DraftCost = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
 ) -> None:
     """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
@@ -133,7 +126,6 @@ def generate(
         context=context,
         chunk=chunk,
         speculative=speculative,
-        draft_cost=draft_cost,
     )
     text = _text(run)
     options = _options(run)
@@ -301,7 +293,6 @@ def _engine(run: RunConfig) -> Engine:
             context=run.context,
             chunk=run.chunk,
             speculative=run.speculative,
-            draft_cost=run.draft_cost,
             progress=lambda done, total, _: bar.update(task, completed=done, total=total),
         )
 

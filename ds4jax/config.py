@@ -38,13 +38,6 @@ OPS = (
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "interpret")
 
-DRAFT_COST = 0.2
-"""Time of a draft and of its row in the trunk, as a share of a step without drafts, where nothing better is known.
-
-It holds where the rows of a step share the reading of the weights; where each row takes its own time it is near 1.
-"""
-
-
 CSA_RATIO = 4
 """The ratio whose compressed windows overlap and that has an indexer, in every reference implementation."""
 
@@ -129,7 +122,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """Everything that may change a bit of the result: row handling, formats, simulated casts, implementations.
+    """Everything that may change a bit of the result: row handling, formats, simulated casts, drafts, implementations.
 
     rows: "loop" runs each XLA operation one row at a time inside a loop with a run-time trip count, so that a row's
         result cannot depend on how many rows ride along; "batch" hands all rows to XLA at once.
@@ -138,6 +131,10 @@ class Numerics:
     sim_index: Hadamard transform and FP4 round trip of indexer queries and rows, as the model was trained.
     cache: storage of attention and indexer rows, "f32" or "f16".
     precision: float dots in XLA, "highest" (float32) or "default" (TF32 on GPUs).
+    accept: how drafts become tokens when sampling; "coupled" if they equal what is drawn without drafts, so that the
+        text is the same, "rejection" with the probability that leaves the distribution the same.
+    draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts; measured, for choosing
+        how many tokens to draft.
     impl: implementation of every operation in `OPS`: "xla" the reference, "pallas" its GPU kernel, "interpret" the
         kernel run by Pallas's interpreter on any device, "auto" the kernel where there is one and JAX runs on a GPU,
         otherwise the reference. A name is a demand.
@@ -150,11 +147,14 @@ class Numerics:
     sim_index: bool
     cache: str
     precision: str
+    accept: str
+    draft_cost: float
     impl: tuple[tuple[str, str], ...]
     xla: tuple[tuple[str, bool | int | str], ...]
 
     def __post_init__(self) -> None:
         _check_choices(vars(self))
+        _require(self.draft_cost > 0, f"draft_cost = {self.draft_cost}, expected above 0")
         names = [name for name, _ in self.impl]
         missing, unknown = sorted(set(OPS) - set(names)), sorted(set(names) - set(OPS))
         _require(
@@ -192,6 +192,9 @@ class Numerics:
             _require(isinstance(values[name], Mapping), f"{name} must be a table")
             values[name] = tuple(sorted(values[name].items()))
         _check_choices(values)
+        cost = values["draft_cost"]
+        _require(type(cost) in (int, float), f"draft_cost = {cost!r}, expected a number")
+        values["draft_cost"] = float(cost)
         for name, option in values["xla"]:
             _require(
                 type(option) in (bool, int, str),
@@ -236,6 +239,7 @@ _CHOICES: dict[str, tuple[str | bool, ...]] = {
     "sim_index": (True, False),
     "cache": ("f32", "f16"),
     "precision": ("highest", "default"),
+    "accept": ("coupled", "rejection"),
 }
 
 

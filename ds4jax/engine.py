@@ -13,7 +13,7 @@ import numpy as np
 
 from ds4jax.checkpoint import GGUF, Census, Progress, load_params, open_gguf, read_config
 from ds4jax.checkpoint_memory import check_device
-from ds4jax.config import DRAFT_COST, ModelConfig, Numerics, check_simulation
+from ds4jax.config import ModelConfig, Numerics, check_simulation
 from ds4jax.decode.generate import Generate, Programs, build_generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.score import build_score
@@ -97,7 +97,7 @@ class Engine:
 
     config, numerics, params, tokenizer: its parts. census: what its files held. load_seconds: how long loading took.
     context: most tokens, prompt and answer together; None: as many as a request needs, up to what the model allows.
-    chunk: prompt tokens per step. speculative, draft_cost: as for `build_generate`.
+    chunk: prompt tokens per step. speculative: as for `build_generate`.
     """
 
     def __init__(
@@ -111,13 +111,12 @@ class Engine:
         context: int | None = None,
         chunk: int | None = None,
         speculative: str | int = "off",
-        draft_cost: float = DRAFT_COST,
         load_seconds: float = 0.0,
     ) -> None:
         self.config, self.numerics, self.params, self.tokenizer = config, numerics, params, tokenizer
         self.census, self.context, self.load_seconds = census, context, load_seconds
         self.chunk = chunk or default_chunk(numerics)
-        self.speculative, self.draft_cost = speculative, draft_cost
+        self.speculative = speculative
         self._programs: dict[Limits, Programs] = {}
 
     def encode(self, prompt: Prompt, parse_special: bool = False) -> list[int]:
@@ -201,13 +200,13 @@ class Engine:
         return min(max(SMALLEST_CONTEXT, 1 << (tokens - 1).bit_length()), self.config.max_position_embeddings)
 
     def _build(self, limits: Limits) -> Generate:
-        return build_generate(self.config, self.numerics, limits, self.speculative, self.draft_cost)
+        return build_generate(self.config, self.numerics, limits, self.speculative)
 
     def _prepared(self, limits: Limits) -> tuple[Programs, tuple[float, float]]:
         """Programs for the limits, and the seconds that tracing and compiling took now."""
         if limits in self._programs:
             return self._programs[limits], (0.0, 0.0)
-        rows = max(limits.chunk, 1 + Speculation.of(self.speculative, self.draft_cost).drafts)
+        rows = max(limits.chunk, 1 + Speculation.of(self.speculative, self.numerics.draft_cost).drafts)
         size = cache_nbytes(self.config, self.numerics, limits.batch, limits.context, rows)
         (device,) = jax.tree.leaves(self.params)[0].devices()
         check_device(device, 0, size)
@@ -224,7 +223,6 @@ def load(
     context: int | None = None,
     chunk: int | None = None,
     speculative: str | int = "off",
-    draft_cost: float = DRAFT_COST,
     progress: Progress | None = None,
 ) -> Engine:
     """Loads a model from a GGUF file; without a path, the demonstration model that comes with the package.
@@ -235,7 +233,7 @@ def load(
         context: most tokens, prompt and answer together; room for one such sequence is checked before loading. If not
             given, each request gets what it needs.
         chunk: prompt tokens per step; chosen by the numerics if not given.
-        speculative, draft_cost: drafting with the model's MTP block, as for `build_generate`; the text is the same.
+        speculative: drafting with the model's MTP block, as for `build_generate`.
         progress: called with bytes done, bytes in all, and a tensor's name.
 
     Raises:
@@ -259,7 +257,7 @@ def load(
         raise ConfigError(f"chunk = {chunk}, expected at least 1")
     if context is not None and not 2 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
-    speculation = Speculation.of(speculative, draft_cost).check(config)
+    speculation = Speculation.of(speculative, numerics.draft_cost).check(config)
     rows = max(chunk, 1 + speculation.drafts)
     room = cache_nbytes(config, numerics, 1, context or min(SMALLEST_CONTEXT, config.max_position_embeddings), rows)
     params, census = load_params(main, second, config, progress=progress, cache_bytes=room)
@@ -273,7 +271,6 @@ def load(
         context=context,
         chunk=chunk,
         speculative=speculative,
-        draft_cost=draft_cost,
         load_seconds=seconds,
     )
 

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ds4jax.config import DRAFT_COST, Numerics
+from ds4jax.config import Numerics
 from ds4jax.errors import ConfigError
 
 PRESETS = ("strict", "perf")
@@ -34,7 +34,6 @@ class RunConfig:
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
-    draft_cost: for "auto", time of a draft and of its row in the trunk, as a share of a step without drafts.
     """
 
     model: Path | None = None
@@ -54,7 +53,6 @@ class RunConfig:
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
     speculative: str | int = "off"
-    draft_cost: float = DRAFT_COST
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
@@ -121,7 +119,7 @@ class RunConfig:
 
 
 _PATHS = {"model", "mtp", "prompt_file"}
-_PLAIN = {"prompt", "special", *_PATHS, "speculative", "draft_cost"}
+_PLAIN = {"prompt", "special", *_PATHS, "speculative"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
     "limits": {"context", "max_new_tokens", "stop", "stop_ids", "chunk"},
@@ -130,7 +128,7 @@ _TOP = {*_PLAIN, *_TABLES, "numerics"}
 _NUMERICS = {field.name for field in dataclasses.fields(Numerics)}
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("prompt", *_PATHS), str),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "draft_cost"), float),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
     "special": bool,
 }
 _LISTS: dict[str, type] = {"stop": str, "stop_ids": int}

@@ -27,6 +27,8 @@ EXACT = Numerics(
     sim_index=False,
     cache="f32",
     precision="highest",
+    accept="coupled",
+    draft_cost=0.2,
     impl=tuple((op, "xla") for op in OPS),
     xla=(("xla_allow_excess_precision", False),),
 )

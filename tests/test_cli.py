@@ -79,9 +79,9 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         prompt = "Es war einmal"
         special = true
         speculative = 2
-        draft_cost = 0.5
         numerics.preset = "perf"
         numerics.act = "f32"
+        numerics.draft_cost = 0.5
         sampling = {temperature = 0.5, top_k = 4, top_p = 0.75, min_p = 0.25, seed = 9}
         limits = {context = 99, max_new_tokens = 7, stop = ["\\n\\n", "The end"], stop_ids = [1, 5], chunk = 5}
         """
@@ -93,8 +93,8 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
     assert asked.path == tmp_path / "m.gguf"
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (tmp_path / "mtp.gguf", 99, 5)
-    assert load["numerics"] == PERF.replace(act="f32")
-    assert (load["speculative"], load["draft_cost"]) == (2, 0.5)
+    assert load["numerics"] == PERF.replace(act="f32", draft_cost=0.5)
+    assert load["speculative"] == 2
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 9,
@@ -111,10 +111,22 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
         'sampling = {temperature = 9, seed = 9}\nlimits = {context = 9, stop = ["a"], stop_ids = [9]}'
     )
     (tmp_path / "text").write_text("from a file")
-    flags = ("-m", "x", "--mtp", "y", "--prompt-file", tmp_path / "text", "-N", "perf", "-N", "sim_kv=false")
+    flags = (
+        "-m",
+        "x",
+        "--mtp",
+        "y",
+        "--prompt-file",
+        tmp_path / "text",
+        "-N",
+        "perf",
+        "-N",
+        "sim_kv=false",
+        "-N",
+        "accept=coupled",
+    )
     numbers = ("-t", 0.5, "--top-k", 4, "--top-p", 0.75, "--min-p", 0.25, "--seed", 0, "-n", 7)
     stops = ("--stop", "x", "--stop", "y z", "--stop-id", 3, "--stop-id", 4)
-    drafts = ("--speculative", "auto", "--draft-cost", 0.5)
     ok(
         "generate",
         "-c",
@@ -127,14 +139,15 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
         "--chunk",
         5,
         "--no-special",
-        *drafts,
+        "--speculative",
+        "auto",
     )
     assert asked.prompt == "from a file"
     assert asked.path == Path("x")
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (Path("y"), 99, 5)
-    assert load["numerics"] == PERF.replace(sim_kv=False)
-    assert (load["speculative"], load["draft_cost"]) == ("auto", 0.5)
+    assert load["numerics"] == PERF.replace(sim_kv=False, accept="coupled")
+    assert load["speculative"] == "auto"
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 0,

@@ -26,6 +26,7 @@ def test_what_perf_relaxes() -> None:
     print("\n".join(f"{name}: strict {a!r}, perf {b!r}" for name, (a, b) in difference.items()))
     assert difference == {
         "rows": ("loop", "batch"),
+        "accept": ("coupled", "rejection"),
         "xla.xla_gpu_deterministic_ops": (True, False),
     }
 

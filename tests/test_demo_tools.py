@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import flax.traverse_util
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from gguf import GGUFReader
 from ds4jax.checkpoint_config import read_config
 from ds4jax.checkpoint_gguf import open_gguf
 from ds4jax.checkpoint_table import make_plan
-from ds4jax.config import OPS, ModelConfig, Numerics
+from ds4jax.config import ModelConfig
 from ds4jax.model import DeepSeekV4
 from ds4jax.tokenizer import Tokenizer
 from tools.demo_model import corpus, export, train
@@ -131,7 +132,7 @@ def test_hash_table_is_balanced_and_differs_by_layer() -> None:
 
 def random_params(config: ModelConfig) -> dict[str, object]:
     """Parameters of the shapes that the model itself declares."""
-    numerics = Numerics("batch", "f32", True, True, "f32", "highest", tuple((op, "xla") for op in OPS), ())
+    numerics = golden.EXACT.replace(rows="batch", sim_kv=True, sim_index=True, xla=())
     init = functools.partial(DeepSeekV4(config, numerics).init, method="initialise")
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64), jnp.int32))["params"]
     rng = np.random.default_rng(0)

@@ -17,11 +17,11 @@ mtp = "/models/mtp.gguf"
 prompt_file = "prompt.txt"
 special = true
 speculative = "auto"
-draft_cost = 1
 
 [numerics]
 preset = "perf"
 act = "f32"
+draft_cost = 1
 impl.linear = "pallas"
 xla.xla_gpu_autotune_level = 0
 
@@ -49,7 +49,7 @@ def test_whole_run(tmp_path: Path) -> None:
         model=tmp_path / "models/trunk.gguf",
         mtp=Path("/models/mtp.gguf"),
         numerics=change_numerics(
-            PERF, {"act": "f32", "impl": {"linear": "pallas"}, "xla": {"xla_gpu_autotune_level": 0}}
+            PERF, {"act": "f32", "draft_cost": 1, "impl": {"linear": "pallas"}, "xla": {"xla_gpu_autotune_level": 0}}
         ),
         prompt_file=tmp_path / "prompt.txt",
         special=True,
@@ -64,9 +64,8 @@ def test_whole_run(tmp_path: Path) -> None:
         stop_ids=(1, 5),
         chunk=64,
         speculative="auto",
-        draft_cost=1.0,
     )
-    assert type(run.temperature) is float
+    assert type(run.temperature) is type(run.numerics.draft_cost) is float
     assert run.numerics.implementation("linear") == "pallas"
     assert run.numerics.implementation("router") == PERF.implementation("router")
     assert run.prompt_text() == "Es war einmal … "
@@ -155,7 +154,7 @@ def test_override() -> None:
         ("[limits]\nseed = 1", r"^\[limits\]: unknown key 'seed'; it belongs in \[sampling\]$"),
         ("[sampling]\nprompt = 'a'", r"^\[sampling\]: unknown key 'prompt'; it belongs in the top level$"),
         ("[sampling]\nzzz = 1", r"unknown key 'zzz'; known keys are min_p, seed, temperature, top_k, top_p$"),
-        ("act = 'f32'", r"^numerics keys: missing \['cache'"),
+        ("act = 'f32'", r"^numerics keys: missing \['accept'"),
         ("[limits]\nstop = 'a'", "stop = 'a', expected a list of str"),
         ("[limits]\nstop = ['']", "stop = .*, expected strings that are not empty"),
         ("[limits]\nstop_ids = [true]", r"stop_ids = \[True\], expected a list of int"),
@@ -175,6 +174,9 @@ def test_override() -> None:
         ("[numerics.impl]\nliner = 'xla'", "numerics.impl: unknown key 'liner'; the nearest known key is 'linear'"),
         ("[numerics]\nimpl = 'xla'", "impl = 'xla', expected a table"),
         ("[numerics]\nact = 'f16'", "act = 'f16', expected one of q8, f32"),
+        ("[numerics]\ndraft_cost = true", "draft_cost = True, expected a number"),
+        ("[numerics]\ndraft_cost = 0", "draft_cost = 0.0, expected above 0"),
+        ("[numerics]\naccept = 'always'", "accept = 'always', expected one of coupled, rejection"),
         ("[numerics]\npreset = 1", "preset = 1, expected one of strict, perf or a path"),
         ("numerics = 1", "numerics = 1, expected a preset, a path or a table"),
         ("numerics = 'fast'", "fast: expected a numerics file or one of strict, perf: No such file"),

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from ds4jax.config import DRAFT_COST, ModelConfig, Numerics
+from ds4jax.config import ModelConfig, Numerics
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.speculation import PLAIN, Speculation
 from ds4jax.decode.state import DecodeState, Generation, Limits, Request
@@ -215,19 +215,17 @@ def build_generate(
     numerics: Numerics,
     limits: Limits,
     speculative: str | int = "off",
-    draft_cost: float = DRAFT_COST,
 ) -> Generate:
     """The generation program for a model within limits; the same arguments give the same, already compiled, object.
 
     Args:
         speculative: "off", the number of tokens that every step drafts with the model's MTP block, or "auto": as many
-            as are worth their time.
-        draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts; for "auto".
+            as are worth their time by `numerics.draft_cost`.
 
     Raises:
         ConfigError: one of these is out of range, or the model has no MTP block to draft with.
     """
-    return Generate(DeepSeekV4(config, numerics), limits, Speculation.of(speculative, draft_cost))
+    return Generate(DeepSeekV4(config, numerics), limits, Speculation.of(speculative, numerics.draft_cost))
 
 
 def _keys(key: Any, batch: int) -> jax.Array:

@@ -1,15 +1,21 @@
-"""Choosing a token from logits: temperature, top-k, top-p, min-p, and noise that depends on seed and position only."""
+"""Choosing a token from logits: temperature, top-k, top-p, min-p, and noise that depends on seed and position only.
+
+Drafts are chosen and judged here too, by either rule of `Numerics.accept`. Coupled drafts are drawn from the draft's
+logits as tokens are from the model's, with the same noise: there is nothing to do but `sample_rows` for both. Rejection
+has `draft_rows` and `verified_rows`. By either rule a draft was right if the token chosen at its position equals it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from ds4jax.errors import RequestError
 from ds4jax.ops.rows import Live, map_rows
@@ -97,6 +103,10 @@ def filtered_logits(logits: Float[Array, " V"], sampling: Sampling) -> Float[Arr
     return jnp.where(jnp.where(greedy, ids == best, kept), scaled, -jnp.inf)
 
 
+# Rejection needs further noise at a position, independent of that of its token; no position reaches these numbers.
+DRAFTING, JUDGING = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+
+
 def position_noise(key: Key[Array, ""], position: Int[Array, ""], size: int) -> Float[Array, " V"]:
     """Gumbel noise for the token at an absolute position of a request."""
     # "high": with 23 random bits per value a token rarer than 1e-7 could never be drawn.
@@ -124,6 +134,43 @@ def token_logprob(logits: Float[Array, " V"], token: Int[Array, ""]) -> Float[Ar
     return jax.nn.log_softmax(logits)[token]
 
 
+def draft_token(
+    logits: Float[Array, " V"], sampling: Sampling, key: Key[Array, ""], position: Int[Array, ""]
+) -> tuple[Int[Array, ""], Float[Array, " V"]]:
+    """Draws a draft with noise of its own; returns it with the distribution that it was drawn from."""
+    kept = filtered_logits(logits, sampling)
+    noise = position_noise(jax.random.fold_in(key, DRAFTING), position, logits.shape[0])
+    return jnp.argmax(kept + noise).astype(jnp.int32), jax.nn.softmax(kept)
+
+
+def verified_token(
+    logits: Float[Array, " V"],
+    draft: Int[Array, ""],
+    odds: Float[Array, " V"],
+    sampling: Sampling,
+    key: Key[Array, ""],
+    position: Int[Array, ""],
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The draft, or a token in its place, distributed as that of `sample_token` is; and its log-probability.
+
+    `odds` is the distribution that the draft was drawn from; where it is 0 there is no draft, and the token is that of
+    `sample_token`. A draft d stays with probability min(1, p(d) / odds(d)), p being the filtered distribution of the
+    logits; otherwise the token is drawn from max(0, p - odds), normalised (Leviathan et al., arXiv 2211.17192, and Chen
+    et al., arXiv 2302.01318).
+    """
+    kept = filtered_logits(logits, sampling)
+    chances = jax.nn.softmax(kept)
+    judged = jax.random.fold_in(jax.random.fold_in(key, JUDGING), position)
+    drafted = odds[draft] > 0
+    stays = drafted & (jax.random.uniform(judged, (), jnp.float32) * odds[draft] < chances[draft])
+    left = jnp.log(jnp.maximum(chances - odds, jnp.float32(0)))
+    # Nothing is left if the two distributions differ by rounding alone.
+    left = jnp.where(drafted & jnp.any(left > -jnp.inf), left, kept)
+    drawn = jnp.argmax(left + position_noise(key, position, logits.shape[0])).astype(jnp.int32)
+    token = jnp.where(stays, draft, drawn)
+    return token, token_logprob(logits, token)
+
+
 def sample_rows(
     logits: Float[Array, "B R V"],
     sampling: Sampling,
@@ -135,14 +182,51 @@ def sample_rows(
 
     Returns tokens and log-probabilities, zero where a row is absent.
     """
-    batch, rows, size = logits.shape
-    sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), rows)
+    return _each_row(sample_token, sampling, keys, position, live, logits)
 
-    def one(row: Array, b: Array, at: Array) -> tuple[Array, Array]:
-        token, logprob = sample_token(row[0], jax.tree.map(lambda a: a[b[0]], sampling), keys[b[0]], at[0])
-        return token[None], logprob[None]
 
-    tokens, logprobs = map_rows(
-        one, Live.of(live.reshape(-1)), logits.reshape(-1, size), sequence, position.reshape(-1)
-    )
-    return tokens.reshape(batch, rows), logprobs.reshape(batch, rows)
+def draft_rows(
+    logits: Float[Array, "B R V"],
+    sampling: Sampling,
+    keys: Key[Array, " B"],
+    position: Int[Array, "B R"],
+    live: Bool[Array, "B R"],
+) -> tuple[Int[Array, "B R"], Float[Array, "B R V"]]:
+    """`draft_token` of every live row, as `sample_rows`."""
+    return _each_row(draft_token, sampling, keys, position, live, logits)
+
+
+def verified_rows(
+    logits: Float[Array, "B R V"],
+    drafts: Int[Array, "B R"],
+    odds: Float[Array, "B R V"],
+    sampling: Sampling,
+    keys: Key[Array, " B"],
+    position: Int[Array, "B R"],
+    live: Bool[Array, "B R"],
+) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:
+    """`verified_token` of every live row, as `sample_rows`."""
+    return _each_row(verified_token, sampling, keys, position, live, logits, drafts, odds)
+
+
+def _each_row(
+    function: Callable[..., Any],
+    sampling: Sampling,
+    keys: Key[Array, " B"],
+    position: Int[Array, "B R"],
+    live: Bool[Array, "B R"],
+    *rows: Shaped[Array, "B R ..."],
+) -> Any:
+    """Applies `function(*rows, sampling, key, position)` to every live row; zeros where a row is absent."""
+    batch, per_sequence = live.shape
+    sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), per_sequence)
+
+    def one(b: Array, at: Array, *row: Array) -> Any:
+        settings = jax.tree.map(lambda a: a[b[0]], sampling)
+        return jax.tree.map(lambda a: a[None], function(*(r[0] for r in row), settings, keys[b[0]], at[0]))
+
+    def flat(a: Array) -> Array:
+        return a.reshape(-1, *a.shape[2:])
+
+    results = map_rows(one, Live.of(flat(live)), sequence, flat(position), *map(flat, rows))
+    return jax.tree.map(lambda a: a.reshape(batch, per_sequence, *a.shape[1:]), results)

@@ -17,7 +17,7 @@ HOPE = 1 / 1024  # share of the way to certainty that an estimate goes in a step
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How many tokens a step may draft; the tokens that come out are the same for every choice.
+    """How many tokens a step may draft.
 
     drafts: K, the most drafts per step.
     cost: None drafts K tokens in every step. Otherwise the time of a draft and of its row in the trunk, as a share of

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ds4jax.decode.sampling import sample_rows
+from ds4jax.decode.sampling import draft_rows, sample_rows, verified_rows
 from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import DecodeState, Limits, Request
 from ds4jax.model.cache import Cache, commit, init_cache
@@ -81,7 +81,7 @@ class Steps:
         count = jnp.where(state.done, 0, jnp.where(reading, jnp.minimum(unread, rows), 1 + depth))
         position = start[:, None] + jnp.arange(rows, dtype=jnp.int32)
         prompt = jnp.take_along_axis(request.prompt, jnp.minimum(position, self.limits.prompt - 1), axis=1)
-        drafted, cache = self._draft(params, request, state, depth, drafts)
+        drafted, odds, cache = self._draft(params, request, state, depth, drafts)
         guesses = jnp.concatenate([state.next[:, None], drafted], axis=1)
         guesses = jnp.pad(guesses, [(0, 0), (0, rows - 1 - drafts)])
         tokens = jnp.where(reading[:, None], prompt, guesses)
@@ -92,7 +92,7 @@ class Steps:
         heads = jnp.where(reading, count - 1, 0)[:, None] + jnp.arange(1 + drafts, dtype=jnp.int32)
         live = ~state.done[:, None] & (unread <= rows)[:, None] & (heads < count[:, None])
         last = _take_rows(streams, jnp.minimum(heads, rows - 1))
-        chosen, logprobs = self._choose(params, last, start[:, None] + heads + 1, live, request)
+        chosen, logprobs = self._choose(params, last, start[:, None] + heads + 1, live, request, drafted, odds)
         equal = (chosen[:, :drafts] == drafted) & (jnp.arange(drafts, dtype=jnp.int32) < depth[:, None])
         accepted = jnp.sum(jnp.cumprod(equal.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         after, kept = _append(state, chosen, logprobs, live[:, 0].astype(jnp.int32) + accepted, request)
@@ -116,30 +116,38 @@ class Steps:
 
     def _draft(
         self, params: Any, request: Request, state: DecodeState, depth: Int[Array, " B"], most: int
-    ) -> tuple[Int[Array, "B K"], Cache]:
+    ) -> tuple[Int[Array, "B K"], Float[Array, "B K+1 V"] | None, Cache]:
         """The first `depth` tokens after `next`, as the MTP block would choose them, and the cache with its rows.
 
         The first row pairs `next` with the trunk's streams; each further row pairs the draft before it with the
-        block's own streams, one position on. Tokens are chosen from the block's logits as the trunk's are from its
-        own, with the same noise.
+        block's own streams, one position on. Coupled drafts are chosen from the block's logits as the trunk's tokens
+        are from its own, with the same noise. Otherwise the distributions that they were drawn from come with them, 0
+        where there is no draft, as after the last of them.
         """
         batch = depth.shape[0]
-        drafted = jnp.zeros((batch, most), jnp.int32)
+        drafted, odds = jnp.zeros((batch, most), jnp.int32), None
         if most == 0:
-            return drafted, state.cache
+            return drafted, odds, state.cache
+        if self.model.numerics.accept == "rejection":
+            odds = jnp.zeros((batch, most + 1, self.model.config.vocab_size), jnp.float32)
 
         def one(index: Array, carry: Any) -> Any:
-            token, streams, cache, drafted = carry
+            token, streams, cache, drafted, odds = carry
             position, live = (state.cache.length + index)[:, None], (index < depth)[:, None]
             logits, streams, cache = self._draft_method(
                 "draft", params, token, streams, cache, position[:, 0], live[:, 0].astype(jnp.int32)
             )
-            token, _ = sample_rows(logits, request.sampling, request.keys, position + 1, live)
-            return token, streams, cache, lax.dynamic_update_slice(drafted, token, (jnp.int32(0), index))
+            chance = request.sampling, request.keys, position + 1, live
+            if odds is None:
+                token, _ = sample_rows(logits, *chance)
+            else:
+                token, drawn_from = draft_rows(logits, *chance)
+                odds = lax.dynamic_update_slice(odds, drawn_from, (jnp.int32(0), index, jnp.int32(0)))
+            return token, streams, cache, lax.dynamic_update_slice(drafted, token, (jnp.int32(0), index)), odds
 
-        carry = state.next[:, None], state.streams[:, None], state.cache, drafted
-        _, _, cache, drafted = lax.fori_loop(0, jnp.max(depth), one, carry)
-        return drafted, cache
+        carry = state.next[:, None], state.streams[:, None], state.cache, drafted, odds
+        _, _, cache, drafted, odds = lax.fori_loop(0, jnp.max(depth), one, carry)
+        return drafted, odds, cache
 
     def _draft_method(self, name: str, params: Any, *arguments: Any) -> Any:
         return self.model.apply({"params": params}, *arguments, method=name)
@@ -151,10 +159,15 @@ class Steps:
         position: Int[Array, "B R"],
         live: Bool[Array, "B R"],
         request: Request,
+        drafted: Int[Array, "B K"],
+        odds: Float[Array, "B R V"] | None,
     ) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:
-        """The token that follows each row, at `position`, and its log-probability."""
+        """The token that follows each row, at `position`, and its log-probability; drafts as from `_draft`."""
         logits: Any = self.model.apply({"params": params}, streams, live, method="logits")
-        return sample_rows(logits, request.sampling, request.keys, position, live)
+        chance = request.sampling, request.keys, position, live
+        if odds is None:
+            return sample_rows(logits, *chance)
+        return verified_rows(logits, jnp.pad(drafted, [(0, 0), (0, 1)]), odds, *chance)
 
 
 def _take_rows(streams: Float[Array, "B R H D"], rows: Int[Array, "B r"]) -> Float[Array, "B r H D"]:
