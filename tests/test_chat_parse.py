@@ -157,6 +157,19 @@ def test_stop_strings_spare_arguments_and_end_what_follows() -> None:
         Parser(reasoning=False, stop=[""])
 
 
+def test_white_space_around_calls_is_not_content() -> None:
+    block = CASES["one_call"]["raw"]
+    for raw, content in (
+        (f" \n{block}Done.", "Done."),
+        (f"Text.{block}\n \n", "Text."),
+        (f"Text.{block}\n.", "Text.\n."),
+    ):
+        reader = parser(CASES["one_call"])
+        reader.feed(raw)
+        reader.finish("stop")
+        assert (reader.message.content, len(reader.message.calls)) == (content, 1)
+
+
 PIECES = [
     *(
         "<｜DSML｜tool_calls>",
