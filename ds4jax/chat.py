@@ -22,13 +22,13 @@ MARKERS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)
 """Added tokens without which there is no chat."""
 
 _REMINDER = "<｜latest_reminder｜>"
-# Marks of DeepSeek's internal tasks; they ask for an answer without reasoning.
-_TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "read_url")}
-_TITLE = "<｜title｜>"
 _RESULT_ROLES = ("tool", "function")
 _ROLES = ("user", "assistant", "system", "developer", *_RESULT_ROLES, "latest_reminder")
 # DeepSeek's internal tasks, by the role of the message that asks for one.
-_TASKS = {"user": ("action", "query", "authority", "domain", "read_url"), "assistant": ("title",)}
+_TASKS: dict[str, tuple[str, ...]] = {
+    "user": ("action", "query", "authority", "domain", "read_url"),
+    "assistant": ("title",),
+}
 _SCHEMA = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
@@ -69,9 +69,9 @@ def check_vocabulary(tokenizer: Tokenizer) -> None:
 
 
 def render(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Any],
     *,
-    tools: Sequence[Mapping[str, Any]] = (),
+    tools: Sequence[Any] = (),
     thinking: bool = True,
     effort: Effort | None = None,
     profile: Profile = "preview",
@@ -121,12 +121,12 @@ class _Message:
     call_id: str | None
     reasoning: str
     calls: Sequence[Any]
-    tools: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any]
     prefix: bool
     task: str | None
 
     @staticmethod
-    def read(message: Mapping[str, Any], where: str) -> _Message:
+    def read(message: Any, where: str) -> _Message:
         if not isinstance(message, Mapping):
             raise RequestError(f"{where}: expected an object, found {type(message).__name__}")
         role, calls, tools = (message.get(key) for key in ("role", "tool_calls", "tools"))
@@ -176,9 +176,7 @@ def _text(content: Any, where: str, is_result: bool) -> str:
     return "\n\n".join(texts)
 
 
-def _system(
-    first: Sequence[_Message], tools: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
-) -> Iterator[Span]:
+def _system(first: Sequence[_Message], tools: Sequence[Any], schema: Mapping[str, Any] | None) -> Iterator[Span]:
     """What stands before the first turn: system text, tools, and the format of the answer."""
     yield from (Span(message.text, trusted=False) for message in first if message.kind == "system")
     if tools:

@@ -16,21 +16,23 @@ from ds4jax.errors import ConfigError, RequestError
 Profile = Literal["preview", "0731"]
 Effort = Literal["low", "high", "max"]
 
-_THOROUGH = (
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
-    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, "
-    "and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
-)
-_BEYOND = (
-    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
-    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the "
-    "problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause "
-    "rather than any surface symptom.\n"
-    "Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that "
-    "no assumption remains unchecked and no error remains undiscovered.\n\n"
-)
+_THOROUGH = """\
+Reasoning Effort: Absolute maximum with no shortcuts permitted.
+You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, \
+rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
+Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, \
+and rejected hypothesis to ensure absolutely no assumption is left unchecked.
+
+"""
+_BEYOND = """\
+Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
+You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the \
+problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause \
+rather than any surface symptom.
+Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no \
+assumption remains unchecked and no error remains undiscovered.
+
+"""
 _PREFIXES: dict[Profile, dict[Effort, str]] = {
     "preview": {"max": _THOROUGH},
     "0731": {"high": _THOROUGH, "max": _BEYOND},
@@ -95,8 +97,8 @@ def effort_level(name: str, profile: Profile) -> Effort | None:
 def thinking_of(request: Mapping[str, Any], default: Thinking, profile: Profile) -> Thinking:
     """What a request body of any of the APIs says about thinking; the first switch found decides.
 
-    An effort other than "none" switches thinking on where nothing else says a word. Raises `RequestError` for a value of
-    the wrong kind.
+    An effort other than "none" switches thinking on where nothing else says a word. Raises `RequestError` for a value
+    of the wrong kind.
     """
     template = _table(request, "chat_template_kwargs")
     places = (

@@ -44,13 +44,15 @@ _DECLARATION_END = (
 )
 
 
-def functions(tools: Sequence[Mapping[str, Any]], where: str = "tools") -> list[Mapping[str, Any]]:
+def functions(tools: Sequence[Any], where: str = "tools") -> list[Mapping[str, Any]]:
     """The functions that tools in OpenAI's wire shape declare. Raises `RequestError` for anything else."""
     found = []
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-            raise RequestError(f'{where}[{i}]: expected {{"type": "function", "function": {{...}}}}; no other tools exist')
+            raise RequestError(
+                f'{where}[{i}]: expected {{"type": "function", "function": {{...}}}}; no other tools exist'
+            )
         name, parameters = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not name:
             raise RequestError(f"{where}[{i}].function.name = {name!r}, expected a name")
@@ -60,7 +62,7 @@ def functions(tools: Sequence[Mapping[str, Any]], where: str = "tools") -> list[
     return found
 
 
-def tools_block(tools: Sequence[Mapping[str, Any]], where: str = "tools") -> Iterator[Span]:
+def tools_block(tools: Sequence[Any], where: str = "tools") -> Iterator[Span]:
     """The part of the system text that declares tools; schemas keep the client's keys and their order."""
     yield Span(_DECLARATION, trusted=True)
     yield Span("\n".join(map(to_json, functions(tools, where))), trusted=False)
@@ -73,8 +75,10 @@ def calls_block(calls: Sequence[Any], where: str) -> Iterator[Span]:
     for i, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(name, str):
+        if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
             raise RequestError(f'{where}[{i}]: expected {{"function": {{"name": ..., "arguments": ...}}}}')
+        if not isinstance(call.get("id"), str | None):
+            raise RequestError(f"{where}[{i}].id = {call['id']!r}, expected a string")
         yield from _invoke(name, _members(function.get("arguments"), f"{where}[{i}].function.arguments"))
     yield Span(f"\n</{DSML}tool_calls>", trusted=True)
 

@@ -175,6 +175,11 @@ class Decoder:
         return self._utf8.decode(b"", final=True)
 
 
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` and is not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
 def _is_added(kind: int) -> bool:
     return kind in (_CONTROL, _USER_DEFINED)
 

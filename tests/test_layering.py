@@ -21,6 +21,7 @@ COMPUTING = {
 LOADING = {
     "checkpoint": {"errors", "config", "quants"},
     "tokenizer": {"errors"},
+    "chat": {"errors", "tokenizer"},
     "runconfig": {"errors", "config"},
 }
 ENGINE = {"engine": set(COMPUTING) - {"pallas"} | set(LOADING)}
@@ -125,6 +126,7 @@ def test_package() -> None:
         ("ds4jax.decode.generate", "import ds4jax"),
         ("ds4jax.checkpoint", "from ds4jax.model import cache"),
         ("ds4jax.tokenizer", "from ds4jax.config import ModelConfig"),
+        ("ds4jax.chat_parse", "from ds4jax.engine import Engine"),
         ("ds4jax.engine", "from ds4jax import cli"),
         ("ds4jax.engine", "import ds4jax.pallas.linear as fast"),
         ("ds4jax.novelty", ""),
