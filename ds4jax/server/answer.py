@@ -87,8 +87,9 @@ class Task:
 
     ids: the prompt. reader: makes a reader for each of `n` answers. most: most tokens of an answer. scored: whether
     tokens come with their log-probabilities. bias: for all tokens, `[V]`. matcher: makes the grammar of what follows
-    the reasoning. single: whether the answer ends with its first tool call. reasoning: whether the answer starts inside a reasoning block; it is closed after `budget` tokens,
-    and once where the model forgets to.
+    the reasoning. single: whether the answer ends with its first tool call.
+    reasoning: whether the answer starts inside a reasoning block; it is closed after `budget` tokens, and once where
+    the model forgets to.
     """
 
     ids: list[int]

@@ -24,10 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ds4jax.errors import RequestError
 from ds4jax.server.answer import Task
+from ds4jax.server.anthropic import count_tokens, read_messages
 from ds4jax.server.completions import read_completion
 from ds4jax.server.errors import ApiError, internal
 from ds4jax.server.fields import Fields, parse_body
 from ds4jax.server.openai import read_chat
+from ds4jax.server.responses import read_response
 from ds4jax.server.service import Running, Service
 from ds4jax.server.wire import Wire, respond
 
@@ -112,14 +114,19 @@ def build_app(service: Service, access: Access) -> Starlette:
         Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", answers(read_chat), methods=["POST"]),
         Route("/v1/completions", answers(read_completion), methods=["POST"]),
+        Route("/v1/responses", answers(read_response), methods=["POST"]),
+        Route("/v1/messages", answers(read_messages), methods=["POST"]),
+        Route("/v1/messages/count_tokens", computes(count_tokens), methods=["POST"]),
         Route("/tokenize", computes(_tokenize), methods=["POST"]),
         Route("/detokenize", computes(_detokenize), methods=["POST"]),
         Route("/apply-template", computes(_apply_template), methods=["POST"]),
     ]
     middleware = [Middleware(Guard, service=service, access=access)]
     if access.origins:
-        cors = {"allow_origins": list(access.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **cors))
+        allowed = Middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=("*",), allow_headers=("*",)
+        )
+        middleware.insert(0, allowed)
     handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_disconnect}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
 

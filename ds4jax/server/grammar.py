@@ -152,7 +152,7 @@ class Grammars:
         """Rules of a parameter: strings as they are, everything else as JSON."""
         value = _resolved(value, root)
         forms = []
-        words = [word for word in value.get("enum", [value["const"]] if "const" in value else [])]
+        words = list(value.get("enum", [value["const"]] if "const" in value else []))
         if words:
             forms += [f'"true\\">" {json.dumps(f"{word}</", ensure_ascii=False)}' for word in words if _is_text(word)]
             words = [word for word in words if not _is_text(word)]
@@ -170,8 +170,8 @@ class Grammars:
             yield f"{rule}json: {_json({**definitions, **other})}"
             forms.append(f'"false\\">" {rule}json "</"')
         key = "KEY" if name is None else json.dumps(name, ensure_ascii=False)
-        forms_rule = " | ".join(forms)
-        yield f'{rule}: "<" {self._mark} "parameter name=\\"" {key} "\\" string=\\"" ({forms_rule}) {self._mark} "parameter>"'
+        head = f'"<" {self._mark} "parameter name=\\"" {key} "\\" string=\\""'
+        yield f'{rule}: {head} ({" | ".join(forms)}) {self._mark} "parameter>"'
 
 
 class GrammarMatcher:

@@ -87,7 +87,10 @@ class _Choice:
 
 
 class ChatWire:
-    """Chat completions and their chunks (see `wire.Wire`). top: most probable tokens told per token; None: no scores."""
+    """Chat completions and their chunks (see `wire.Wire`).
+
+    top: how many of the most probable tokens are told with every token; None: no scores at all.
+    """
 
     def __init__(self, service: Service, model: str, n: int, usage: bool, top: int | None) -> None:
         self._tokenizer, self._top, self._wants_usage = service.tokenizer, top, usage

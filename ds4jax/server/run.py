@@ -53,7 +53,9 @@ class Settings:
             ConfigError: a value is out of range, or the address is open to others and there is no key.
         """
         if self.key is None and not _is_loopback(self.host):
-            raise ConfigError(f"host {self.host} is open to other machines; give an API key with --api-key, or leave it out")
+            raise ConfigError(
+                f"host {self.host} is open to other machines; give an API key with --api-key, or leave it out"
+            )
         if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
             raise ConfigError("the API key is empty or holds characters that a header cannot; choose another")
         for name, least in (("sessions", 1), ("queue", 0), ("port", 0), ("most_bytes", 1)):

@@ -139,5 +139,3 @@ def scored(tokenizer: Tokenizer, score: Score, top: int) -> dict[str, Any]:
 
     others = zip(score.alternatives.ids[:top], score.alternatives.logprobs[:top], strict=True)
     return entry(score.token, score.alternatives.logprob) | {"top_logprobs": [entry(t, p) for t, p in others]}
-
-
