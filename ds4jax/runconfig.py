@@ -28,9 +28,10 @@ class RunConfig:
         replace those of its `preset`.
     prompt, prompt_file: the text to continue, or the file that holds it.
     special: whether special tokens written out in the text become single tokens.
-    temperature, top_k, top_p, min_p, seed: sampling; temperature 0 is greedy.
+    temperature, top_k, top_p, min_p, seed: sampling; temperature 0 is greedy; if not given, `generate` is greedy
+        and a chat has 1.
     context: most tokens, prompt and answer together, that the cache holds; as many as the request needs if not given.
-    max_new_tokens: most tokens to generate.
+    max_new_tokens: most tokens to generate; if not given, 256, and in a chat as many as the context holds.
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
@@ -43,13 +44,13 @@ class RunConfig:
     prompt: str | None = None
     prompt_file: Path | None = None
     special: bool = False
-    temperature: float = 0.0
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
     context: int | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
@@ -61,7 +62,7 @@ class RunConfig:
             raise ConfigError("prompt and prompt_file are both given; remove one")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed = {self.seed}, expected 0 to 2^64 - 1")
-        if self.max_new_tokens < 0:
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens = {self.max_new_tokens}, expected at least 0")
         if not all(self.stop):
             raise ConfigError(f"stop = {list(self.stop)}, expected strings that are not empty")
