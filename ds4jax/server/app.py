@@ -123,9 +123,7 @@ def build_app(service: Service, access: Access) -> Starlette:
     ]
     middleware = [Middleware(Guard, service=service, access=access)]
     if access.origins:
-        allowed = Middleware(
-            CORSMiddleware, allow_origins=access.origins, allow_methods=("*",), allow_headers=("*",)
-        )
+        allowed = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=("*",), allow_headers=("*",))
         middleware.insert(0, allowed)
     handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_disconnect}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]

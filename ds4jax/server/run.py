@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import uvicorn
 
 from ds4jax.chat import check_vocabulary
-from ds4jax.chat_profile import Profile, Thinking, effort_level
+from ds4jax.chat_profile import Profile, Thinking, check_profile, detect_profile, effort_level
 from ds4jax.decode.sampling import Sampling
-from ds4jax.engine import Engine
+from ds4jax.engine import DEMO, Engine
 from ds4jax.engine_session import Sessions
 from ds4jax.errors import ConfigError
+from ds4jax.runconfig import RunConfig
 from ds4jax.server.app import Access, build_app
 from ds4jax.server.service import Defaults, Service
 
@@ -29,8 +31,8 @@ class Settings:
 
     name: the model's name in replies. profile: of its prompts. host, port: where to listen; port 0 takes a free one.
     key: what clients must send. cors: web sites that may use the server. sessions: requests that run at once, each with
-    a cache of its own. queue: requests that may wait beyond these. sampling, thinking, effort: what holds where a
-    request says nothing. most_bytes: largest body.
+    a cache of its own. queue: requests that may wait beyond these. sampling, thinking: what holds where a request says
+    nothing. most_bytes: largest body.
     """
 
     name: str
@@ -42,8 +44,7 @@ class Settings:
     sessions: int = 4
     queue: int = 256
     sampling: Sampling = dataclasses.field(default_factory=lambda: Sampling(temperature=1.0))
-    thinking: bool = True
-    effort: str = "high"
+    thinking: Thinking = dataclasses.field(default_factory=Thinking)
     most_bytes: int = 64 << 20
 
     def check(self) -> Settings:
@@ -64,6 +65,31 @@ class Settings:
         return self
 
 
+def settings_of(run: RunConfig, metadata: Mapping[str, Any]) -> Settings:
+    """The settings of a run whose model has this GGUF metadata.
+
+    Raises:
+        ConfigError: see `Settings.check`; or the profile is unknown.
+        RequestError: a sampling setting or the effort is none.
+    """
+    sampling = Sampling(1.0 if run.temperature is None else run.temperature, run.top_k, run.top_p, run.min_p)
+    sampling.broadcast(1)
+    file = "" if run.model is None else run.model.name
+    profile = detect_profile(metadata, file) if run.prompt_profile is None else check_profile(run.prompt_profile)
+    level = effort_level(run.effort or "high", profile)
+    # The demonstration model has never seen reasoning; it would not find its end.
+    think = run.think if run.think is not None else run.model is not None
+    given = {name: getattr(run, name) for name in ("host", "port", "cors", "sessions", "queue")}
+    return Settings(
+        name=DEMO.removesuffix(".gguf") if run.model is None else run.model.stem,
+        profile=profile,
+        key=run.api_key,
+        sampling=sampling,
+        thinking=Thinking(think and level is not None, level),
+        **{name: value for name, value in given.items() if value is not None},
+    ).check()
+
+
 def build_service(engine: Engine, settings: Settings) -> Service:
     """Prepares programs and memory, which takes as long as compiling does.
 
@@ -74,8 +100,7 @@ def build_service(engine: Engine, settings: Settings) -> Service:
     check_vocabulary(engine.tokenizer)
     context = engine.context or min(CONTEXT, engine.config.max_position_embeddings)
     sessions = Sessions(engine, settings.sessions, context)
-    thinking = Thinking(settings.thinking, effort_level(settings.effort, settings.profile))
-    defaults = Defaults(settings.name, settings.profile, thinking, settings.sampling)
+    defaults = Defaults(settings.name, settings.profile, settings.thinking, settings.sampling)
     return Service(engine, sessions, defaults, settings.queue)
 
 

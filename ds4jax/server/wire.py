@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import json
 import secrets
-from importlib import metadata
 from collections.abc import AsyncIterator
+from importlib import metadata
 from typing import Any, Protocol
 
 from starlette.requests import Request
