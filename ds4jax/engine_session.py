@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ WRITE_STEPS = 4  # steps of a burst that answers
 SNAPSHOTS = 2  # ends of prompts that a session remembers
 
 
+@runtime_checkable
 class Guide(Protocol):
     """Decides before every token what it may be."""
 
