@@ -152,13 +152,15 @@ class Grammars:
         """Rules of a parameter: strings as they are, everything else as JSON."""
         value = _resolved(value, root)
         forms = []
-        words = list(value.get("enum", [value["const"]] if "const" in value else []))
+        words = value.get("enum", [value["const"]] if "const" in value else [])
+        kinds = value.get("type", ["string", "other"])
+        if not isinstance(words, list) or not isinstance(kinds, str | list):
+            raise ApiError(400, f"tools: the parameter {name!r} has no valid schema: look at enum and type", "tools")
         if words:
             forms += [f'"true\\">" {json.dumps(f"{word}</", ensure_ascii=False)}' for word in words if _is_text(word)]
             words = [word for word in words if not _is_text(word)]
             other: Mapping[str, Any] | None = {"enum": words} if words else None
         else:
-            kinds = value.get("type", ["string", "other"])
             kinds = [kinds] if isinstance(kinds, str) else list(kinds)
             mixed = any(word in value for word in ("anyOf", "oneOf", "allOf"))
             if "string" in kinds or mixed:
