@@ -30,6 +30,7 @@ from ds4jax.cli_options import (
     TopK,
     TopP,
 )
+from ds4jax.cli_serve import serve
 from ds4jax.errors import Ds4Error, RequestError
 
 if TYPE_CHECKING:
@@ -208,6 +209,9 @@ def info(
         return cache_nbytes(sizes, run.numerics, 1, context, min(chunk, context))
 
     show(describe(open_model(run.model), second, cache))
+
+
+app.command()(serve)
 
 
 def _text(run: RunConfig) -> str:

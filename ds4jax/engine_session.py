@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ WRITE_STEPS = 4  # steps of a burst that answers
 SNAPSHOTS = 2  # ends of prompts that a session remembers
 
 
+@runtime_checkable
 class Guide(Protocol):
     """Decides before every token what it may be."""
 
@@ -186,9 +187,14 @@ class Session:
         self._single = ask.guide is not None or ask.alternatives
         return start
 
+    @property
+    def busy(self) -> bool:
+        """Whether a burst was launched that has not been taken."""
+        return bool(self._ahead)
+
     def launch(self) -> None:
-        """Has the device do a little more, without waiting for it; nothing if that must wait for the host."""
-        if self._single and self._ahead and self._unread <= 0:
+        """Has the device do a little more, without waiting for it; nothing if the host has to decide first."""
+        if self._single and self._ahead:
             return
         assert self._state is not None
         host, nobody = self._sessions, jnp.asarray(np.zeros(1, bool))
@@ -235,7 +241,8 @@ class Session:
 
     def end(self) -> None:
         """Ends the answer, finished or not; the timeline stays."""
-        assert self._state is not None
+        if self._state is None:
+            return
         self._ahead.clear()
         length, tokens = int(self._state.cache.length[0]), np.asarray(self._state.tokens[0])
         self.ids = (self._prompt + tokens[: max(length - len(self._prompt), 0)].tolist())[:length]

@@ -21,7 +21,9 @@ PRESETS = ("strict", "perf")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A complete run. In a run file, `[sampling]` and `[limits]` are tables and numerics a name, a path or a table.
+    """A complete run.
+
+    In a run file, `[sampling]`, `[limits]` and `[server]` are tables and numerics a name, a path or a table.
 
     model, mtp: GGUF files; no model means the demonstration model that ships with the package.
     numerics: see `Numerics`; in a file `"strict"`, `"perf"`, the path of a numerics file, or a table of fields that
@@ -36,6 +38,8 @@ class RunConfig:
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
     draft_cost: for "auto", time of a draft and of its row in the trunk, as a share of a step without drafts.
+    host, port, api_key, cors, sessions, queue, prompt_profile, think, effort: the table `[server]`, see
+        `server.run.Settings`; what is not given is as it stands there.
     """
 
     model: Path | None = None
@@ -56,6 +60,15 @@ class RunConfig:
     chunk: int | None = None
     speculative: str | int = "off"
     draft_cost: float = DRAFT_COST
+    host: str | None = None
+    port: int | None = None
+    api_key: str | None = None
+    cors: tuple[str, ...] | None = None
+    sessions: int | None = None
+    queue: int | None = None
+    prompt_profile: str | None = None
+    think: bool | None = None
+    effort: str | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
@@ -126,15 +139,17 @@ _PLAIN = {"prompt", "special", *_PATHS, "speculative", "draft_cost"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
     "limits": {"context", "max_new_tokens", "stop", "stop_ids", "chunk"},
+    "server": {"host", "port", "api_key", "cors", "sessions", "queue", "prompt_profile", "think", "effort"},
 }
 _TOP = {*_PLAIN, *_TABLES, "numerics"}
 _NUMERICS = {field.name for field in dataclasses.fields(Numerics)}
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("prompt", *_PATHS), str),
+    **dict.fromkeys(("prompt", *_PATHS, "host", "api_key", "prompt_profile", "effort"), str),
     **dict.fromkeys(("temperature", "top_p", "min_p", "draft_cost"), float),
     "special": bool,
+    "think": bool,
 }
-_LISTS: dict[str, type] = {"stop": str, "stop_ids": int}
+_LISTS: dict[str, type] = {"stop": str, "stop_ids": int, "cors": str}
 
 
 def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numerics:

@@ -26,8 +26,9 @@ LOADING = {
 }
 ENGINE = {"engine": set(COMPUTING) - {"pallas"} | set(LOADING)}
 PUBLIC = {"": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
-CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine"} - {"pallas"}}
-ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **CLI, "demo": set()}
+SERVER = {"server": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
+CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine", "server"} - {"pallas"}}
+ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **SERVER, **CLI, "demo": set()}
 
 OUTSIDE = {
     *(
@@ -129,6 +130,8 @@ def test_package() -> None:
         ("ds4jax.chat_parse", "from ds4jax.engine import Engine"),
         ("ds4jax.engine", "from ds4jax import cli"),
         ("ds4jax.engine", "import ds4jax.pallas.linear as fast"),
+        ("ds4jax.engine", "from ds4jax.server import run"),
+        ("ds4jax.server.run", "from ds4jax import cli"),
         ("ds4jax.novelty", ""),
         ("ds4jax.quants_layouts", "import ds4jax.ops.linear"),
         ("ds4jax.quants", "import os"),
