@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A test compiles hundreds of small programs; what has not changed since the last run need not be compiled again.
@@ -27,3 +28,21 @@ def _pytree_of_anything(cls: type, *arguments: Any, **options: Any) -> type:
 _register_dataclass = jax.tree_util.register_dataclass
 jax.tree_util.register_dataclass = _pytree_of_anything
 jaxtyping.install_import_hook("ds4jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def sessions() -> Any:
+    """Programs of the demonstration model for sessions of 512 tokens."""
+    from ds4jax.engine import load
+    from ds4jax.engine_session import Sessions
+
+    return Sessions(load(context=512), 2, 512)
+
+
+@pytest.fixture(scope="session")
+def server(sessions: Any) -> Any:
+    """A server of the demonstration model that listens on a port of its own."""
+    from serving import Serving
+
+    with Serving(sessions) as serving:
+        yield serving

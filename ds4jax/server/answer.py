@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from ds4jax.chat_parse import Call, Content, Event, Message, Reasoning
+from ds4jax.chat_parse import Call, Content, Event, Message, Parser, Reasoning
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine_run import Answer
 from ds4jax.engine_session import Alternatives, Ask, Progress, Session
 from ds4jax.server.errors import ApiError
 from ds4jax.server.guide import Matcher, Penalties, Steering
 from ds4jax.tokenizer import Tokenizer
-
-
-class Reader(Protocol):
-    """Turns the tokens of one answer into events; `chat_parse.Parser` is one."""
-
-    @property
-    def state(self) -> str: ...
-
-    @property
-    def complete(self) -> bool: ...
-
-    @property
-    def stop_sequence(self) -> str | None: ...
-
-    @property
-    def reasoning_tokens(self) -> int: ...
-
-    @property
-    def message(self) -> Message: ...
-
-    def feed_ids(self, ids: Iterable[int]) -> list[Event]: ...
-
-    def finish(self, ended_by: Any) -> list[Event]: ...
 
 
 class TextReader:
@@ -60,11 +37,11 @@ class TextReader:
         """That of the stop strings which was found; None where several could be meant."""
         return self._stop[0] if self._found and len(self._stop) == 1 else None
 
-    def feed_ids(self, ids: Iterable[int]) -> list[Event]:
+    def feed_ids(self, ids: Sequence[int]) -> list[Event]:
         """Text that may be shown."""
-        return self._events(self._answer.extend(list(ids)))
+        return self._events(self._answer.extend(ids))
 
-    def finish(self, ended_by: str) -> list[Event]:
+    def finish(self, ended_by: Literal["stop", "length"]) -> list[Event]:
         """The rest."""
         self._found = self.complete
         return self._events(self._answer.end(ended_by))
@@ -79,6 +56,10 @@ class TextReader:
         return [Content(text)] if text else []
 
     _found = False
+
+
+Reader = Parser | TextReader
+"""Turns the tokens of one answer into events."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +255,7 @@ class Answering:
         if events or scores:
             self._publish(Piece(self._choice, _joined(events), scores))
 
-    def _finish(self, session: Session, ended_by: str) -> bool:
+    def _finish(self, session: Session, ended_by: Literal["stop", "length"]) -> bool:
         """Ends an answer; returns whether there is another to come."""
         session.end()
         self._show(self._reader.finish(ended_by), [])

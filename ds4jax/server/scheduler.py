@@ -6,7 +6,7 @@ import collections
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ds4jax.engine_session import Session, Sessions
 from ds4jax.server.errors import ApiError, internal
@@ -14,6 +14,7 @@ from ds4jax.server.errors import ApiError, internal
 log = logging.getLogger("ds4jax.server")
 
 
+@runtime_checkable
 class Job(Protocol):
     """Work for one session, done in turns on the scheduler's thread.
 

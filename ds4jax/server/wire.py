@@ -8,7 +8,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -25,6 +25,7 @@ FINGERPRINT = f"ds4jax-{metadata.version('ds4jax')}"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+@runtime_checkable
 class Wire(Protocol):
     """An answer in the shape of an API.
 
