@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,7 +186,7 @@ class Terminal:
         """Shows an answer. Ctrl-C stops it."""
         answer, view = self._talk.answer(), _View(self._console)
         try:
-            with _interrupts() as interrupted, contextlib.closing(answer), view:
+            with _interrupts() as interrupted, _unseen_keys(), contextlib.closing(answer), view:
                 for events in answer:
                     view.show(events, self._talk.figures)
                     if interrupted():
@@ -298,6 +299,24 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(noted)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _unseen_keys() -> Iterator[None]:
+    """Meanwhile typed keys are not shown, and wait as they are for the next prompt; Ctrl-C stays Ctrl-C."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = termios.tcgetattr(sys.stdin)
+    quiet[0] &= ~termios.ICRNL
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[3] |= termios.NOFLSH  # Ctrl-C would throw away what has been typed
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _progress(figures: Figures) -> str:

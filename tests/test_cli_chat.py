@@ -1,5 +1,6 @@
 """`ds4jax chat`: conversations without a terminal, commands, what is drawn, and a real terminal for Ctrl-C."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -8,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pexpect
 import pytest
+from pexpect.fdpexpect import fdspawn
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
@@ -29,7 +31,7 @@ from ds4jax.cli_talk import Figures, Talk
 from ds4jax.cli_terminal import HELP, Commands, Piped, Terminal, prompt_session
 from ds4jax.decode.sampling import GREEDY
 from ds4jax.engine import Engine
-from ds4jax.engine_session import Ask, Progress
+from ds4jax.engine_session import Ask, Progress, Sessions
 from ds4jax.errors import CheckpointError, RequestError
 from ds4jax.tokenizer import EOS
 
@@ -241,13 +243,6 @@ def test_terminal(tiny: Engine, script: SimpleNamespace) -> None:
     assert "prompt of many tokens" in shown and len(one.messages) == 4
 
 
-def test_keys_sent_at_once_and_history(tiny: Engine, script: SimpleNamespace) -> None:
-    script.answers = [f"</think>a{EOS}", f"</think>b{EOS}", f"</think>c{EOS}"]
-    one = talk(tiny)
-    terminal(one, "first\rsecond\r\x1b[A\x1b[A\r\x04")
-    assert [message["content"] for message in one.messages[::2]] == ["first", "second", "first"]
-
-
 def test_interrupt_stops_the_answer_only(
     tiny: Engine, script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,10 +265,10 @@ def test_interrupt_stops_the_answer_only(
 
 def test_pipes(tiny: Engine, script: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     script.answers = [f"hidden</think>Good day!{EOS}", "</think>x"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo\r\n\n/effort max\n//x\n/quit\nno".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo\r\n\n/effort low\n//x\n/quit\nno".encode())))
     one = talk(tiny)
     Piped(one).run()
-    assert capfd.readouterr() == ("Good day!\nx\n", "thinking, max effort\n")
+    assert capfd.readouterr() == ("Good day!\nx\n", "thinking, high effort\n")
     assert [message["content"] for message in one.messages[::2]] == ["héllo", "/x"]
     for line, error in ((b"/nope", "no command"), (b"caf\xe9", "not valid Unicode")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
@@ -281,60 +276,76 @@ def test_pipes(tiny: Engine, script: SimpleNamespace, monkeypatch: pytest.Monkey
             Piped(one).run()
 
 
-def test_a_real_model_goes_on_where_it_was(tiny: Engine) -> None:
-    one = talk(tiny, thinking=Thinking(on=False), max_new_tokens=8)
-    one.say("the cat")
+def test_a_real_model_goes_on_where_it_was(sessions: Sessions) -> None:
+    one = talk(sessions.engine, thinking=Thinking(on=False), max_new_tokens=8)
+    one.say("Once upon a time")
     list(one.answer())
     first = one.figures
     assert first.cached == 0 and 0 < first.tokens <= 8
-    one.say("and the dog")
+    one.say("And then?")
     list(one.answer())
     assert one.figures.cached >= first.prompt_tokens
     assert one.figures.prompt_tokens > first.prompt_tokens
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    cache = Path(__file__).parent.parent / ".jax_cache"
+def environment(tmp_path: Path, sessions: Sessions) -> dict[str, str]:
+    """Of a process that finds the programs of `sessions` compiled."""
     return {
         **os.environ,
         "TERM": "xterm-256color",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
         "XDG_STATE_HOME": str(tmp_path / "state"),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".jax_cache"),
     }
 
 
-def test_a_real_process_over_pipes(environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [*RUN, "-m", MODEL, "-c", "perf", "--context", "64", "--chunk", "16", "-n", "4", "--no-think"],
-        input="the cat\n/stats\n",
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert (done.returncode, done.stdout.count("\n") >= 1) == (0, True), done.stderr
+def test_a_real_process_over_pipes(environment: dict[str, str], sessions: Sessions) -> None:
+    flags = ["--context", str(sessions.context), "-n", "4"]
+    text = "Once upon a time\n/stats\n"
+    done = subprocess.run([*RUN, *flags], input=text, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
     assert re.search(r"prompt \d+ tokens, 0 of them .*\nanswer [1-4] tokens", done.stderr)
 
 
-def test_a_real_terminal(environment: dict[str, str], tmp_path: Path) -> None:
+@contextlib.contextmanager
+def in_a_terminal(flags: list[str], environment: dict[str, str]) -> Iterator[tuple[fdspawn, subprocess.Popen[bytes]]]:
+    """A process with a terminal of its own. pexpect would fork to make one, which JAX's threads may not survive."""
+    ours, its = os.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
+    become_its_terminal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    command = [RUN[0], "-c", f"{become_its_terminal}; {RUN[2]}", *RUN[3:], *flags]
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment, start_new_session=True)
+    os.close(its)
+    with process, fdspawn(ours, encoding="utf-8", timeout=60) as screen:
+        try:
+            yield screen, process
+        finally:
+            process.kill()
+
+
+def test_a_real_terminal(environment: dict[str, str], tmp_path: Path, sessions: Sessions) -> None:
     """Ctrl-C ends the answer at once and leaves the program, its conversation and its history alone."""
-    flags = ["-c", "perf", "-t", "0", "--think"]
-    child = pexpect.spawn(RUN[0], RUN[1:] + flags, env=environment, encoding="utf-8", dimensions=(24, 80), timeout=120)
-    child.expect("/help lists the commands")
-    child.send("Once upon a time\r")
-    child.expect("Ctrl-C stops")
-    child.sendintr()
-    child.expect("· stopped")
-    child.send("/retry\r")
-    child.expect("Ctrl-C stops")
-    child.send("\x03")
-    child.expect("· stopped")
-    child.send("/stats\r")
-    child.expect("still in the cache")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    flags = ["--context", str(sessions.context), "-t", "0", "--think"]
+    with in_a_terminal(flags, environment) as (screen, process):
+        screen.expect("/help lists the commands.*›")
+        screen.send("Once upon a time\r")
+        screen.expect("Ctrl-C stops")
+        screen.send("/nothink\r")  # typed while the model answers: unseen until the next prompt
+        screen.expect("Ctrl-C stops")
+        screen.send("\x03")
+        screen.expect("· stopped.*no thinking.*›")
+        screen.send("\x1b[A\x1b[A")
+        screen.expect("Once upon a time")
+        screen.send("\r")
+        screen.expect("Ctrl-C stops")
+        screen.send("\x03")
+        screen.expect("· stopped.*›")
+        screen.send("/stats\r")
+        screen.expect("still in the cache.*stopped.*›")
+        screen.send("\x04")
+        assert process.wait(30) == 0
     history = tmp_path / "state" / "ds4jax" / "chat_history"
     assert "+Once upon a time" in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
