@@ -32,11 +32,11 @@ jaxtyping.install_import_hook("ds4jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def sessions() -> Any:
-    """Programs of the demonstration model for sessions of 512 tokens."""
+    """Programs of the demonstration model for sessions of 1024 tokens."""
     from ds4jax.engine import load
     from ds4jax.engine_session import Sessions
 
-    return Sessions(load(context=512), 2, 512)
+    return Sessions(load(context=1024), 2, 1024)
 
 
 @pytest.fixture(scope="session")

@@ -149,8 +149,8 @@ def test_alternatives_are_those_of_the_plain_model(sessions, prompt, fresh):
 
 def test_limits(sessions, prompt):
     session = Session(sessions)
-    for ids in ([], [5] * 512):
-        with pytest.raises(RequestError, match="expected 1 to 511"):
+    for ids in ([], [5] * 1024):
+        with pytest.raises(RequestError, match="expected 1 to 1023"):
             session.begin(ids, DRAWN)
     assert len(answer(session, prompt, dataclasses.replace(DRAWN, most=1))[1]) == 1
 

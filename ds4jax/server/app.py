@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,6 @@ def build_app(service: Service, access: Access) -> Starlette:
 
         return endpoint
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(service.close)
-
     async def model(request: Request) -> Response:
         if request.path_params["name"] != service.defaults.name:
             raise ApiError(404, f"no such model; there is {service.defaults.name}", "model", "model_not_found")
@@ -126,7 +120,7 @@ def build_app(service: Service, access: Access) -> Starlette:
         allowed = Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=("*",), allow_headers=("*",))
         middleware.insert(0, allowed)
     handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_disconnect}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
 
 
 class Guard:

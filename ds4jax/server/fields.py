@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ds4jax.server.errors import ApiError
+
+Number = int | float
+MOST_DEPTH = 100  # of lists and objects within one another
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_body(body: bytes) -> Fields:
     """The fields of a JSON object.
 
     Raises:
-        ApiError: 400, the body is not UTF-8, not JSON or not an object.
+        ApiError: 400, the body is not UTF-8, not JSON or not an object, is nested too deeply, or holds half of a
+            surrogate pair.
     """
     try:
         value = json.loads(body.decode(), parse_constant=_refuse_constant)
+        if _SURROGATE.search(body):  # halves that found each other are characters now
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 text: invalid byte at offset {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "the body holds half of a surrogate pair, which is no character") from error
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
     except RecursionError as error:
@@ -28,6 +39,12 @@ def parse_body(body: bytes) -> Fields:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is {_kind(value)}, expected a JSON object")
+    level: list[Any] = [value]
+    for _ in range(MOST_DEPTH):
+        parts = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [part for part in itertools.chain.from_iterable(parts) if isinstance(part, dict | list)]
+    if level:
+        raise ApiError(400, f"the body is nested too deeply, expected at most {MOST_DEPTH} levels")
     return Fields(value)
 
 
@@ -94,7 +111,7 @@ class Fields:
             raise self.wrong(name, "a whole number")
         return int(self._within(name, number, least, most))
 
-    def number(self, name: str, least: float, most: float = math.inf, *, above: bool = False) -> float | None:
+    def number(self, name: str, least: Number, most: Number = math.inf, *, above: bool = False) -> float | None:
         """A number within bounds; the least is not allowed itself if `above`."""
         value = self.values.get(name)
         if value is None:
@@ -137,7 +154,7 @@ class Fields:
             raise self.wrong(name, words)
         return value
 
-    def _within(self, name: str, value: float, least: float | None, most: float | None) -> float:
+    def _within(self, name: str, value: Number, least: Number | None, most: Number | None) -> Number:
         low, high = least is None or value >= least, most is None or value <= most
         if not (low and high):
             bounds = [f"at least {least:g}"] if least is not None else []

@@ -29,7 +29,7 @@ def read_chat(service: Service, fields: Fields) -> tuple[Task, ChatWire]:
     for name, reason in _REFUSED.items():
         fields.refuse(name, reason)
     fields.refuse("modalities", "the model writes text only", unless=[["text"]])
-    messages = fields.array("messages", required=True)
+    messages = _messages(fields)
     tools = fields.array("tools") or []
     choice = tool_choice(fields, tools)
     tools = [] if choice.mode == "none" else tools
@@ -46,7 +46,7 @@ def read_chat(service: Service, fields: Fields) -> tuple[Task, ChatWire]:
     n = fields.integer("n", 1, MOST_CHOICES) or 1
     task = service.chat_task(
         fields,
-        messages or [],
+        messages,
         tools=tools,
         schema=form.schema,
         most=min((limit for limit in limits if limit is not None), default=None),
@@ -62,6 +62,14 @@ def read_chat(service: Service, fields: Fields) -> tuple[Task, ChatWire]:
     )
     usage = stream and options is not None and bool(options.flag("include_usage"))
     return task, ChatWire(service, model, n, usage, (top or 0) if wants_scores else None)
+
+
+def _messages(fields: Fields) -> list[Any]:
+    """The conversation; vLLM's name for going on with its last message becomes DeepSeek's."""
+    messages = fields.array("messages", required=True) or []
+    if fields.flag("continue_final_message") and messages and isinstance(messages[-1], dict):
+        return [*messages[:-1], {**messages[-1], "prefix": True}]
+    return messages
 
 
 def response_format(fields: Fields) -> Format:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 
 from ds4jax.chat import check_vocabulary
 from ds4jax.chat_profile import Profile, Thinking, check_profile, detect_profile, effort_level
@@ -116,15 +117,25 @@ def build_server(service: Service, settings: Settings) -> Server:
         access_log=False,
         log_level="warning",
         server_header=False,
+        lifespan="off",
         timeout_graceful_shutdown=5,
     )
-    return Server(config)
+    return Server(config, service)
 
 
 class Server(uvicorn.Server):
-    """Says where it listens as soon as it does."""
+    """Says where it listens as soon as it does; when it stops, running requests end with an error, at once."""
 
     announce: Callable[[str], None] | None = None
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """Stops."""
+        await run_in_threadpool(self._service.close)
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list | None = None) -> None:
         """Starts to listen."""

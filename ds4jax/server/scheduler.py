@@ -70,6 +70,8 @@ class Scheduler:
         with self._change:
             if self._closing:
                 raise ApiError(503, "the server is shutting down")
+            # Whoever has gone away does not keep others out.
+            self._waiting = collections.deque(waiting for waiting in self._waiting if not waiting.cancelled)
             if len(self._waiting) >= self._most:
                 raise ApiError(429, f"{self._most} requests are waiting already; try again later")
             self._waiting.append(job)

@@ -30,6 +30,7 @@ log = logging.getLogger("ds4jax.server")
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
+_EFFORT_FIELDS = ("reasoning_effort", "reasoning", "output_config", "chat_template_kwargs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +108,21 @@ class Service:
             ApiError: the conversation is malformed or too long.
         """
         profile = self.defaults.profile
+        place = "messages" if request.has("messages") else "input"
         try:
             thinking = thinking_of(request.values, self.defaults.thinking, profile)
+        except RequestError as error:
+            raise ApiError(400, str(error), next(filter(request.has, _EFFORT_FIELDS), "thinking")) from error
+        try:
             prompt = render(
                 messages, tools=tools, thinking=thinking.on, effort=thinking.effort, profile=profile, schema=schema
             )
             ids = prompt.encode(self.tokenizer)
         except RequestError as error:
-            where = str(error).partition(" ")[0].partition("[")[0].partition(".")[0]
-            raise ApiError(400, str(error), where if where in request.values else None) from error
+            raise ApiError(400, str(error), "tools" if str(error).startswith("tools") else place) from error
         if prompt.complete:
-            raise ApiError(400, "the last message is a complete answer; add a user message", "messages")
-        self.check_length(ids)
+            raise ApiError(400, "the last message is a complete answer; add a user message", place)
+        self.check_length(ids, place)
         return Task(
             ids=ids,
             reader=lambda: self.parser(prompt, tools, stop),
@@ -136,12 +140,12 @@ class Service:
         left = self.context - len(ids)
         return left if most is None else min(most, left)
 
-    def check_length(self, ids: Sequence[int], param: str = "messages") -> None:
+    def check_length(self, ids: Sequence[int], param: str) -> None:
         """Raises `ApiError` if a prompt leaves no room for an answer."""
         if len(ids) >= self.context:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens, but prompt and answer together may have {self.context}; shorten it",
+                f"prompt is too long: {len(ids)} tokens, but prompt and answer together may have {self.context}",
                 param,
                 "context_length_exceeded",
             )
