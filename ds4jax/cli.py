@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ds4jax.cli_chat import chat
 from ds4jax.cli_load import load_engine, open_model, read_run
 from ds4jax.cli_options import (
     Chunk,
@@ -134,6 +135,9 @@ def generate(
         if stats:
             _show_stats(engine, stream.result())
     _say_if_clipped(stream.result(), options["max_new_tokens"])
+
+
+app.command()(chat)
 
 
 @app.command()
