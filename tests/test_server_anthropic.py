@@ -8,6 +8,7 @@ from typing import Any, Literal
 import anthropic
 import pydantic
 import pytest
+from serving import CALLED, CALLS
 
 STORY = [{"role": "user", "content": "Tell me a story."}]
 # The only argument's only value: the grammar leaves the model nothing to choose.
@@ -91,7 +92,7 @@ def test_thinking_ends_at_its_budget_and_comes_back(client):
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "open_gate"}])
 def test_tools_round_trip(client, choice):
-    options: dict[str, Any] = {"tools": [OPEN_GATE], "tool_choice": choice, "max_tokens": 80}
+    options: dict[str, Any] = {"tools": [OPEN_GATE], "tool_choice": choice, "max_tokens": 120}
     joined, events = streamed(client, **options)
     (block,) = joined.content
     assert joined.stop_reason == "tool_use" and block.type == "tool_use" and block.id.startswith("toolu_")
@@ -105,6 +106,15 @@ def test_tools_round_trip(client, choice):
     answered = [*STORY, {"role": "assistant", "content": joined.content}, {"role": "user", "content": [said, result]}]
     after = ask(client, answered, tools=[OPEN_GATE])
     assert after.stop_reason == "max_tokens" and after.content[0].text
+
+
+def test_text_and_several_calls(server, client, monkeypatch):
+    server.dictate(monkeypatch, CALLS)
+    joined, events = streamed(client, tools=[OPEN_GATE], max_tokens=200)
+    text, *calls = joined.content
+    assert text.text == "Two gates." and [call.input for call in calls] == CALLED and joined.stop_reason == "tool_use"
+    started = [event for event in events if event.type == "content_block_start"]
+    assert [event.index for event in started] == [0, 1, 2]
 
 
 def test_structured_output(client):

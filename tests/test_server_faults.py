@@ -169,7 +169,7 @@ def test_a_long_prompt_keeps_the_connection_alive(server, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_fault_of_the_server_is_told_without_details(server, monkeypatch, path):
-    body = {"model": "any", "messages": STORY, "input": "Hi", "max_tokens": 4}
+    body = {"model": "any", "messages": STORY, "input": "Hi", "max_tokens": 4, "max_output_tokens": 4}
 
     def fail(session: Session) -> None:
         raise OSError("/secret/path")

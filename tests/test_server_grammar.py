@@ -94,7 +94,10 @@ def read(text: str, tools: Any = TOOLS) -> list[tuple[str, Any]]:
         ),
         ([call("weather", ("city", "a", True), ("when", "null", False))], [{"city": "a", "when": None}]),
         ([call("weather", ("city", "a", True), ("when", "now", True))], [{"city": "a", "when": "now"}]),
-        ([call("anything", ("k", "v", True), ("x", '{"y": [1.5, true]}', False))], [{"k": "v", "x": {"y": [1.5, True]}}]),
+        (
+            [call("anything", ("k", "v", True), ("x", '{"y": [1.5, true]}', False))],
+            [{"k": "v", "x": {"y": [1.5, True]}}],
+        ),
         ([call("now"), call("now")], [{}, {}]),
     ],
 )

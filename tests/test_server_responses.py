@@ -8,6 +8,10 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from serving import CALLED, CALLS
+
+from ds4jax.server.fields import Fields
+from ds4jax.server.responses import read_response
 
 OPEN_GATE = {
     "type": "function",
@@ -51,8 +55,10 @@ def shown(response: Any) -> list[dict[str, Any]]:
     return [item.model_dump(exclude={"id", "call_id"}) for item in response.output]
 
 
-def count(client: Any, given: Any, **options: Any) -> int:
-    return int(ask(client, given, **{"max_output_tokens": 1, **options}).usage.input_tokens)
+def count(server: Any, given: Any, **options: Any) -> int:
+    """Tokens of the prompt that a request leads to, found without the model."""
+    task, _ = read_response(server.service, Fields({"model": "any", "input": given, **options}))
+    return len(task.ids)
 
 
 def test_a_stream_adds_up_to_the_response(client):
@@ -83,7 +89,7 @@ def test_ends_by_itself(client):
 
 
 @pytest.mark.parametrize("summary", [None, "auto"])
-def test_reasoning_is_an_item(client, summary):
+def test_reasoning_is_an_item(server, client, summary):
     whole, events = streamed(client, reasoning={"effort": "high", **({"summary": summary} if summary else {})})
     (item,) = whole.output
     texts = item.summary if summary else item.content
@@ -92,21 +98,21 @@ def test_reasoning_is_an_item(client, summary):
     name = "response.reasoning_summary_text.delta" if summary else "response.reasoning_text.delta"
     assert "".join(event.delta for event in events if event.type == name) == texts[0].text
     # Sent back, it takes its place in the conversation that goes on with tools.
-    history = [{"role": "user", "content": "Hi"}, item, {"role": "assistant", "content": "Ho"}]
+    history = [{"role": "user", "content": "Hi"}, item.model_dump(), {"role": "assistant", "content": "Ho"}]
     following = [*history, {"role": "user", "content": "Go on."}]
     options = {"reasoning": {"effort": "high"}, "tools": [OPEN_GATE]}
-    assert count(client, following, **options) > count(client, [following[0], *following[2:]], **options)
+    assert count(server, following, **options) > count(server, [following[0], *following[2:]], **options)
 
 
 def test_tools_round_trip(client):
     choice = {"type": "function", "name": "open_gate"}
-    whole, events = streamed(client, tools=[OPEN_GATE], tool_choice=choice, max_output_tokens=80)
+    whole, events = streamed(client, tools=[OPEN_GATE], tool_choice=choice, max_output_tokens=120)
     (call,) = whole.output
     assert whole.status == "completed" and call.type == "function_call" and call.name == "open_gate"
     assert json.loads(call.arguments) == {"side": "west"} and call.id.startswith("fc_") and call.call_id != call.id
     done = [event for event in events if event.type == "response.output_item.done"]
     assert [event.item for event in done] == [call]
-    whole = ask(client, tools=[OPEN_GATE], tool_choice="required", max_output_tokens=80)
+    whole = ask(client, tools=[OPEN_GATE], tool_choice="required", max_output_tokens=120)
     assert json.loads(whole.output[0].arguments) == {"side": "west"}
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "It is open."}
     rule = {"role": "developer", "content": "Be brief."}
@@ -117,18 +123,29 @@ def test_tools_round_trip(client):
     assert ask(client, [question, call, rule, output], tools=[OPEN_GATE]).output_text == after.output_text
 
 
-def test_a_tool_that_takes_free_text(client):
-    # A model that knows of no tools seldom finds the end of a text; a bias makes it end this one at once.
-    end = client.post("/../tokenize", body={"text": "</"}, cast_to=object)["tokens"]
-    extra = {"logit_bias": {str(end[0]): 100}}
-    forced = {"type": "custom", "name": "note"}
-    whole, events = streamed(client, tools=[NOTE], tool_choice=forced, max_output_tokens=80, extra_body=extra)
+def test_text_and_several_calls(server, client, monkeypatch):
+    server.dictate(monkeypatch, CALLS)
+    whole, events = streamed(client, tools=[OPEN_GATE], max_output_tokens=200)
+    text, *calls = whole.output
+    assert whole.output_text == text.content[0].text == "Two gates."
+    assert [json.loads(call.arguments) for call in calls] == CALLED and len({call.call_id for call in calls}) == 2
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.id for item in done] == [item.id for item in whole.output]
+
+
+def test_a_tool_that_takes_free_text(server, client, monkeypatch):
+    given = 'Line 1\n"Line" </2>'
+    with monkeypatch.context() as patch:
+        parameter = f'<｜DSML｜parameter name="input" string="true">{given}</｜DSML｜parameter>'
+        invoke = f'<｜DSML｜invoke name="note">\n{parameter}\n</｜DSML｜invoke>'
+        server.dictate(patch, f"\n\n<｜DSML｜tool_calls>\n{invoke}\n</｜DSML｜tool_calls>")
+        forced = {"type": "custom", "name": "note"}
+        whole, events = streamed(client, tools=[NOTE], tool_choice=forced, max_output_tokens=200)
     (call,) = whole.output
-    assert (call.type, call.name, call.input, whole.status) == ("custom_tool_call", "note", "", "completed")
+    assert (call.type, call.name, call.input, whole.status) == ("custom_tool_call", "note", given, "completed")
     assert [event.item for event in events if event.type == "response.output_item.done"] == [call]
     output = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "Noted."}
-    given = [{"role": "user", "content": "Note this."}, call, output]
-    assert ask(client, given, tools=[NOTE]).output_text
+    assert ask(client, [{"role": "user", "content": "Tell me a story."}, call, output], tools=[NOTE]).output_text
 
 
 def test_structured_output(client):
@@ -143,11 +160,11 @@ def test_logprobs(client):
     assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in part.logprobs)
 
 
-def test_instructions_and_items_become_the_conversation(client):
+def test_instructions_and_items_become_the_conversation(server):
     system = {"role": "system", "content": "Be brief."}
     user = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}
-    assert count(client, [system, user]) == count(client, "Hello", instructions="Be brief.") > count(client, "Hello")
-    assert count(client, "Hello", tools=[{"type": "web_search"}]) == count(client, "Hello")
+    assert count(server, [system, user]) == count(server, "Hello", instructions="Be brief.") > count(server, "Hello")
+    assert count(server, "Hello", tools=[{"type": "web_search"}]) == count(server, "Hello")
 
 
 @pytest.mark.parametrize(

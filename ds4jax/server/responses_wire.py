@@ -177,7 +177,7 @@ class ResponseWire:
     def _item_event(self, stage: str, item: dict[str, Any]) -> str:
         return self._event(f"response.output_item.{stage}", output_index=len(self._items) - 1, item=item)
 
-    def _event(self, name: str, **fields: Any) -> str:
+    def _event(self, name: str, /, **fields: Any) -> str:
         self._number += 1
         return event({"type": name, "sequence_number": self._number, **fields})
 

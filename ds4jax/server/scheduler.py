@@ -72,7 +72,7 @@ class Scheduler:
                 raise ApiError(503, "the server is shutting down")
             # Whoever has gone away does not keep others out.
             self._waiting = collections.deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self._most:
+            if len(self._waiting) >= self._most + len(self._idle):
                 raise ApiError(429, f"{self._most} requests are waiting already; try again later")
             self._waiting.append(job)
             self._change.notify()
