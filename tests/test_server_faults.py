@@ -16,9 +16,7 @@ import pytest
 from serving import KEY, SETTINGS, Serving, eventually
 
 from ds4jax.engine_session import Session
-from ds4jax.errors import ConfigError
 from ds4jax.server import wire
-from ds4jax.server.run import Settings
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"]
 STORY = [{"role": "user", "content": "Tell me a story."}]
@@ -242,24 +240,3 @@ def test_a_full_line_turns_away_and_a_server_that_stops_says_so(sessions, server
     for reader in readers:
         reader.join()
     assert [end["error"]["type"] for end in ends] == ["server_error"] * 3
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"host": "0.0.0.0"}, "give an API key with --api-key"),
-        ({"host": "example.org"}, "give an API key with --api-key"),
-        ({"key": ""}, "the API key is empty"),
-        ({"key": "ü"}, "the API key is empty or holds characters"),
-        ({"sessions": 0}, "sessions = 0, expected at least 1"),
-        ({"port": -1}, "port = -1"),
-    ],
-)
-def test_settings_that_are_refused(change, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        dataclasses.replace(SETTINGS, **change).check()
-
-
-@pytest.mark.parametrize("change", [{"host": "::1"}, {"host": "localhost"}, {"host": "0.0.0.0", "key": "x"}])
-def test_settings_that_are_accepted(change):
-    assert isinstance(dataclasses.replace(SETTINGS, **change).check(), Settings)

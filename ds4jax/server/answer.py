@@ -156,7 +156,8 @@ class Answering:
         """Starts, or does a burst."""
         if self._choice < 0:
             self._cached = self._next_choice(session)
-        session.launch()
+        if self._first:  # launching may wait for what is under way, and the first token should be shown at once
+            session.launch()
         more = self._receive(session, session.take())
         if more and not session.busy:
             session.launch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,9 +61,11 @@ class Settings:
             )
         if self.key is not None and not (self.key and self.key.isascii() and self.key.isprintable()):
             raise ConfigError("the API key is empty or holds characters that a header cannot; choose another")
-        for name, least in (("sessions", 1), ("queue", 0), ("port", 0), ("most_bytes", 1)):
+        for name, least in (("sessions", 1), ("queue", 0), ("most_bytes", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port = {self.port}, expected 0 to {(1 << 16) - 1}")
         return self
 
 
@@ -103,6 +106,23 @@ def build_service(engine: Engine, settings: Settings) -> Service:
     sessions = Sessions(engine, settings.sessions, context)
     defaults = Defaults(settings.name, settings.profile, settings.thinking, settings.sampling)
     return Service(engine, sessions, defaults, settings.queue)
+
+
+def open_socket(settings: Settings) -> socket.socket:
+    """The address of the server, taken but not listening yet, so that nobody waits there while the model loads.
+
+    Raises:
+        ConfigError: the address is taken or is none of this machine's.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another") from error
+    return listener
 
 
 def build_server(service: Service, settings: Settings) -> Server:
