@@ -59,6 +59,7 @@ def test_a_stream_adds_up_to_the_message(client):
     joined, events = streamed(client)
     assert shown(joined) == shown(whole) and joined.stop_reason == "max_tokens"
     assert joined.usage.output_tokens == 8
+    assert next(event for event in events if event.type == "message_delta").ds4jax["tokens_per_second"] > 0
     kinds = [event.type for event in events if event.type not in ("text", "content_block_delta")]
     assert kinds == ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
 

@@ -164,7 +164,10 @@ def test_instructions_and_items_become_the_conversation(server):
     system = {"role": "system", "content": "Be brief."}
     user = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}
     assert count(server, [system, user]) == count(server, "Hello", instructions="Be brief.") > count(server, "Hello")
-    assert count(server, "Hello", tools=[{"type": "web_search"}]) == count(server, "Hello")
+    codex = {"store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "x", "stream": True}
+    here = [{"type": "local_shell"}, {"type": "web_search", "external_web_access": True}, {"type": "namespace"}]
+    assert count(server, "Hello", tools=[*here, OPEN_GATE], **codex) == count(server, "Hello", tools=[OPEN_GATE])
+    assert count(server, "Hello", tools=here, tool_choice="auto") == count(server, "Hello")
 
 
 @pytest.mark.parametrize(

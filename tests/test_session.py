@@ -15,7 +15,8 @@ import pytest
 
 from ds4jax.decode.constrained import BIAS, Biased
 from ds4jax.decode.sampling import Sampling
-from ds4jax.engine_session import Ask, Session
+from ds4jax.engine import load
+from ds4jax.engine_session import Ask, Session, Sessions
 from ds4jax.errors import RequestError
 from ds4jax.model.transformer import DeepSeekV4
 
@@ -112,19 +113,7 @@ def test_another_bias_or_a_guide_at_every_token(sessions, prompt, fresh):
     biased = answer(Session(sessions), prompt, ask)[1]
     assert biased[:2] == plain[:2] and plain[2] not in biased
 
-    class Follow:
-        """Forbids the same, and remembers what it was told."""
-
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-
-        def bias(self) -> np.ndarray:
-            return banned
-
-        def accept(self, token: int) -> None:
-            self.seen.append(token)
-
-    guide = Follow()
+    guide = Forbid(banned)
     assert answer(Session(sessions), prompt, dataclasses.replace(DRAWN, guide=guide))[1] == biased
     assert guide.seen == biased
 
@@ -145,6 +134,42 @@ def test_alternatives_are_those_of_the_plain_model(sessions, prompt, fresh):
         assert one.logprob <= one.logprobs[0]
         if token in one.ids:
             assert one.logprobs[one.ids.index(token)] == one.logprob
+
+
+class Forbid:
+    """Forbids some tokens at every place, and remembers what was chosen."""
+
+    def __init__(self, banned: np.ndarray) -> None:
+        self.banned = banned
+        self.seen: list[int] = []
+
+    def bias(self) -> np.ndarray:
+        return self.banned
+
+    def accept(self, token: int) -> None:
+        self.seen.append(token)
+
+
+def test_a_bias_and_a_guide_hold_under_speculation():
+    main, mtp = (golden.DATA / "oracle" / f"tiny-f32{part}.gguf" for part in ("", "-mtp"))
+    # As many rows in a step as in a chunk: one program for both.
+    (session,) = Sessions(load(main, mtp=mtp, context=64, chunk=3, speculative=2), 1, 64).all
+    ids, ask = [5, 6, 7, 8], dataclasses.replace(DRAWN, most=12)
+    banned = np.zeros(320, np.float32)
+    # A guide leaves no room for drafts, so this is what the model says without them.
+    free = answer(session, ids, dataclasses.replace(ask, guide=Forbid(banned)))[1]
+    assert answer(session, ids, ask)[1] == free
+    banned[free[3:9]] = -np.inf
+    guide = Forbid(banned)
+    guided = answer(session, ids, dataclasses.replace(ask, guide=guide))[1]
+    assert guided == guide.seen and guided[:3] == free[:3] and not set(guided) & set(free[3:9])
+    session.begin(ids, dataclasses.replace(ask, bias=banned))
+    tokens, drafted = [], 0
+    while len(tokens) < ask.most:
+        session.launch()
+        progress = session.take()
+        tokens, drafted = tokens + progress.tokens, progress.drafted
+    assert tokens == guided and drafted > 0
 
 
 def test_limits(sessions, prompt):

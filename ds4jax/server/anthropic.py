@@ -211,7 +211,7 @@ class MessageWire:
         self._message["usage"] = _counts(usage.prompt - usage.cached, usage.cached, usage.completion)
         self._message["ds4jax"] = speed(usage)
         delta = {name: self._message[name] for name in ("stop_reason", "stop_sequence")}
-        last = {"type": "message_delta", "delta": delta, "usage": self._message["usage"]}
+        last = {"type": "message_delta", "delta": delta, "usage": self._message["usage"], "ds4jax": speed(usage)}
         return [event(last), event({"type": "message_stop"})]
 
     def error(self, error: ApiError) -> list[str]:

@@ -129,7 +129,8 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, access: Access) -> None:
         self._app, self._service, self._access = app, service, access
         self._paths = {"/", "/health", "/metrics", "/tokenize", "/detokenize", "/apply-template", "/v1/models"}
-        self._paths |= {f"/v1/{name}" for name in ("chat/completions", "completions", "responses", "messages")}
+        self._paths |= {f"/v1/{name}" for name in ("chat/completions", "completions", "responses")}
+        self._paths |= {"/v1/messages", "/v1/messages/count_tokens"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request."""
