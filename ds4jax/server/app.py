@@ -182,9 +182,9 @@ class Guard:
             if origin is not None and origin.partition("://")[2] != host and not self._is_friend(origin):
                 raise ApiError(403, "requests from other web sites are refused; start the server with --cors to allow")
         elif not _is_open(request.url.path) and request.method != "OPTIONS":
-            bearer = request.headers.get("authorization", "")
-            given = request.headers.get("x-api-key") or bearer.removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), key.encode()):
+            bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+            given = bearer.strip(), request.headers.get("x-api-key", "")
+            if not any(hmac.compare_digest(one.encode(), key.encode()) for one in given):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _is_friend(self, origin: str) -> bool:

@@ -95,12 +95,15 @@ class Scheduler:
             job.fail(ApiError(503, "the server is shutting down"))
 
     def _admit(self) -> None:
-        while self._idle and self._waiting:
-            job = self._waiting.popleft()
+        while self._idle and (job := self._next()) is not None:
             if not job.cancelled:
                 session = _choose(self._idle, job.ids)
                 self._idle.remove(session)
                 self._active[job] = session
+
+    def _next(self) -> Job | None:
+        with self._change:
+            return self._waiting.popleft() if self._waiting else None
 
     def _turn(self, job: Job, session: Session) -> None:
         more = False
