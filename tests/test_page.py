@@ -13,6 +13,7 @@ from serving import KEY, SETTINGS, Serving, eventually
 from ds4jax.engine_session import Sessions
 
 CHAT = "**/v1/chat/completions"
+expect.set_options(timeout=30_000)  # milliseconds
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
 
 
@@ -26,7 +27,6 @@ def visit(browser: Browser, server: Serving) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
         page.on("console", lambda message: re.search(expected, message.text) or complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
@@ -197,6 +197,42 @@ def test_an_answer_with_everything(visit: Callable[..., Page]) -> None:
         "41.3 tokens/s · first token after 0.13 s · 12 tokens · 9 of 12 drafts accepted (75%) · "
         "prompt 20 tokens, 15 cached"
     )
+
+
+def test_the_view_follows_the_answer_unless_the_reader_looks_elsewhere(
+    visit: Callable[..., Page], server: Serving
+) -> None:
+    page = visit(viewport={"width": 500, "height": 400})
+    script(page, {"content": "a\n" * 40})
+    write(page, "first")
+    answer(page)
+    page.unroute(CHAT)
+    alter(page, logit_bias={str(server.service.tokenizer.eos_id): -100})
+    write(page, "Once upon a time")
+    main, growing = page.locator("main"), page.locator(".answer .markdown").last
+    below = "main => main.scrollHeight - main.scrollTop - main.clientHeight"
+    for position in ("at the end", "above"):
+        for _ in range(2):
+            before = growing.inner_text()
+            expect(growing).not_to_have_text(before, use_inner_text=True)
+        assert (main.evaluate(below) < 5) == (position == "at the end")
+        main.evaluate("main => main.scrollTop = 0")
+    assert main.evaluate("main => main.scrollTop") == 0
+    page.keyboard.press("Escape")
+    assert eventually(server.idle)
+
+
+def test_copies(visit: Callable[..., Page]) -> None:
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    script(page, {"content": "A\n```\n<b> 1\n```\n*B*"})
+    write(page, "the question")
+    answer(page)
+    copies = page.get_by_role("button", name="Copy")
+    for n, text in enumerate(["the question", "<b> 1", "A\n```\n<b> 1\n```\n*B*"]):
+        copies.nth(n).click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == text
+        expect(copies).to_have_count(3)
 
 
 def test_keys(visit: Callable[..., Page]) -> None:
