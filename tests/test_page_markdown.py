@@ -202,6 +202,10 @@ def test_what_is_finished_stays(page: Page) -> None:
     assert kept == [True, False, "ab c"]
 
 
+def test_a_paragraph_of_unusual_length_is_shown_as_written(page: Page) -> None:
+    assert shown(page, "*a* " * 6000) == f"<p>{('*a* ' * 6000).strip()}</p>"
+
+
 @pytest.mark.parametrize(
     "unit",
     ["*", "**a", "_a ", "*a_", "[", "[a](", "![", "`", "` `` ", "\\(", "\\[", "$$", "<http://", "~~a", "|", "- ", "> ",
