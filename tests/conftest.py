@@ -1,6 +1,8 @@
 """Test-wide settings; they must be in force before jax and ds4jax are first imported."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,18 @@ def server(sessions: Any) -> Any:
 
     with Serving(sessions) as serving:
         yield serving
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium to show the chat page in; Debian's is the package chromium")
+    with sync_playwright() as playwright:
+        # The tests may run as root, for whom Chromium has no sandbox; they show nothing foreign.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -20,7 +20,7 @@ const ATOM = new RegExp(
   "g",
 );
 
-const NO_WORD = "(?![\\p{L}\\p{N}_])";
+const NO_WORD = "(?![\\p{L}\\p{N}_]|\\.\\p{L})"; // nor the rest of a name, as of __init__.py
 const MARKS = [
   { mark: "***", tags: ["strong", "em"], close: /(?<![\s*])\*\*\*(?!\*)/g },
   { mark: "**", tags: ["strong"], close: /(?<!\s)\*\*(?!\*(?!\*))/g },

@@ -114,14 +114,14 @@ function list(lines, at, depth) {
     const item = ITEM.exec(lines[at]);
     const isNext = item && item[1].length < margin.length + 2 && /\d/.test(item[2]) === ordered;
     if (!isNext || RULE.test(lines[at])) break;
-    // Models indent what belongs to an item by two spaces or more, whatever the width of its mark.
-    const width = item[1].length + item[2].length + Math.min(item[3].length || 1, 4);
-    const strip = new RegExp(`^\\s{0,${width}}`);
     const end = until(lines, at + 1, (line, i) => {
-      if (!line.trim()) return false;
-      if (/^\s*/.exec(line)[0].length >= item[1].length + 2) return false;
+      if (!line.trim() || indentation(line) >= item[1].length + 2) return false;
       return !lines[i - 1].trim() || ITEM.test(line) || interrupts(lines, i);
     });
+    // Models indent what belongs to an item by two spaces or more, whatever the width of its mark.
+    const width = item[1].length + item[2].length + Math.min(item[3].length || 1, 4);
+    const first = lines.slice(at + 1, end).find((line) => line.trim());
+    const strip = new RegExp(`^\\s{0,${Math.min(width, first ? indentation(first) : 0)}}`);
     items.push([item[4], ...lines.slice(at + 1, end).map((line) => line.replace(strip, ""))]);
     at = end;
   }
@@ -133,6 +133,10 @@ function list(lines, at, depth) {
     return ordered ? el("ol", { start: parseInt(mark, 10) }, ...nodes) : el("ul", {}, ...nodes);
   };
   return { end: at, make };
+}
+
+function indentation(line) {
+  return line.length - line.trimStart().length;
 }
 
 function isTable(lines, at) {
