@@ -323,6 +323,7 @@ def test_appearance_and_phone(visit: Callable[..., Page]) -> None:
     )
     phone.get_by_label("Message").fill(wide)
     phone.get_by_label("Message").press("Enter")  # on the keyboard of a phone that begins a line
+    assert phone.locator("article").count() == 0
     phone.get_by_role("button", name="Send").click()
     assert wide in answer(phone)
     assert phone.evaluate(
