@@ -1,5 +1,9 @@
 // The server's API: the model, and answers as they come.
 
+import { recall, store } from "./store.js";
+
+let key = recall("sessionStorage", "key");
+
 /** What went wrong, in words for the user. status: of the response; 0 if there was none. */
 export class Fault extends Error {
   constructor(message, status = 0) {
@@ -9,8 +13,9 @@ export class Fault extends Error {
 }
 
 /** Sets the key that the server wants; it is forgotten with the tab. */
-export function setKey(key) {
-  sessionStorage.setItem("key", key);
+export function setKey(given) {
+  key = given;
+  store("sessionStorage", "key", key);
 }
 
 /** The model that is served: `id`, `context_length` and so on. Throws `Fault`. */
@@ -33,7 +38,6 @@ export async function* chat(body, signal) {
 }
 
 async function request(path, options) {
-  const key = sessionStorage.getItem("key");
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
   try {

@@ -4,13 +4,13 @@ import { AnswerView, questionNode } from "./answer.js";
 import { chat, model, setKey } from "./api.js";
 import { byId } from "./dom.js";
 import { readSettings, startSettings } from "./settings.js";
+import { recall, store } from "./store.js";
 
 const touch = matchMedia("(pointer: coarse)"); // its keyboard has no other key for a new line
 const NEAR = 60; // pixels from the end within which the page follows the answer
 
-const [scroll, list, fault, composer, text, send, status] = [
-  ...["scroll", "messages", "fault", "composer", "text", "send", "status"].map(byId),
-];
+const ids = ["scroll", "messages", "fault", "composer", "text", "send", "status"];
+const [scroll, list, fault, composer, text, send, status] = ids.map(byId);
 
 // Messages of the API. Answers carry what is known about them beside: `end`, `usage`, `ds4jax`.
 let messages = [];
@@ -43,11 +43,7 @@ function remove(message, view) {
 }
 
 function keep() {
-  try {
-    sessionStorage.setItem("conversation", JSON.stringify(messages));
-  } catch {
-    // storage is off or full: the conversation then ends with the page
-  }
+  store("sessionStorage", "conversation", messages);
 }
 
 function submit() {
@@ -242,12 +238,8 @@ byId("new").addEventListener("click", () => {
 
 window.addEventListener("pagehide", keep);
 
-try {
-  messages = JSON.parse(sessionStorage.getItem("conversation")) ?? [];
-  for (const message of messages) if (message.role === "assistant") message.end ??= "stopped";
-} catch {
-  // storage is off
-}
+messages = recall("sessionStorage", "conversation") ?? [];
+for (const message of messages) if (message.role === "assistant") message.end ??= "stopped";
 startSettings();
 show();
 fit();

@@ -1,6 +1,7 @@
 // Settings of requests and of the page. They stay in this browser; an empty field is left to the server.
 
 import { byId } from "./dom.js";
+import { recall, store } from "./store.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 
@@ -9,12 +10,7 @@ const form = dialog.querySelector("form");
 
 /** Brings the settings back and watches them. */
 export function startSettings() {
-  let kept = {};
-  try {
-    kept = JSON.parse(localStorage.getItem("settings")) ?? {};
-  } catch {
-    // of another version, or storage is off: the page works without
-  }
+  const kept = recall("localStorage", "settings") ?? {};
   for (const field of fields()) field.value = kept[field.name] ?? "";
   form.addEventListener("input", keep);
   form.addEventListener("reset", () => setTimeout(keep)); // the fields change after the event
@@ -44,12 +40,7 @@ function fields() {
 }
 
 function keep() {
-  const values = Object.fromEntries(fields().map((field) => [field.name, field.value]));
-  try {
-    localStorage.setItem("settings", JSON.stringify(values));
-  } catch {
-    // storage is off or full
-  }
+  store("localStorage", "settings", Object.fromEntries(fields().map((field) => [field.name, field.value])));
   dress();
 }
 
