@@ -190,11 +190,11 @@ def test_no_http_at_all(server, garbage):
 
 def test_a_long_prompt_keeps_the_connection_alive(server, monkeypatch):
     monkeypatch.setattr(wire, "KEEP_ALIVE", 0.01)
-    request = {"model": "any", "max_tokens": 1, "messages": [{"role": "user", "content": "once more " * 100}]}
+    request = {"model": "any", "max_tokens": 1, "messages": [{"role": "user", "content": "once more " * 40}]}
     with server.http.stream("POST", "/v1/chat/completions", json={**request, "stream": True}) as response:
         lines = list(response.iter_lines())
     assert ": keep-alive" in lines and lines[-2] == "data: [DONE]"
-    request["messages"] = [{"role": "user", "content": "twice more " * 100}]
+    request["messages"] = [{"role": "user", "content": "twice more " * 40}]
     assert "ping" in [name for name, _ in server.events("/v1/messages", **request)]
 
 

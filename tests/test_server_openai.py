@@ -115,37 +115,27 @@ def test_bias_and_penalties(client):
     assert rare.choices[0].message.content.count(" king") < 6
 
 
-@pytest.mark.parametrize(
-    ("choice", "thinking"), [("required", False), ({"type": "function", "function": {"name": "open_gate"}}, True)]
-)
-def test_tools_round_trip(client, choice, thinking):
-    options: dict[str, Any] = {"tools": [OPEN_GATE], "tool_choice": choice, "max_tokens": 120}
-    # The demonstration model never ends its reasoning by itself; here a bias makes it.
-    end = client.post("/../tokenize", body={"text": "</think>", "parse_special": True}, cast_to=object)["tokens"][0]
-    bias = {"logit_bias": {str(end): 100}, "reasoning_effort": "high"} if thinking else {}
-    whole = chat(client, **options, **bias).choices[0]
-    (call,) = whole.message.tool_calls
-    assert whole.finish_reason == "tool_calls" and whole.message.content is None
-    assert call.function.name == "open_gate" and json.loads(call.function.arguments) == {"side": "west"}
-    chunks = [chunk.choices[0] for chunk in chat(client, **options, **bias, stream=True)]
-    calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
-    assert [call.function.name for call in calls] == ["open_gate"] and calls[0].index == 0
-    assert calls[0].function.arguments == call.function.arguments and chunks[-1].finish_reason == "tool_calls"
-    answered = [*STORY, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "It is open."}]
-    after = chat(client, answered, tools=[OPEN_GATE])
-    assert after.choices[0].finish_reason == "length" and after.choices[0].message.content
-
-
 def test_text_and_several_calls(server, client, monkeypatch):
     server.dictate(monkeypatch, CALLS)
-    options: dict[str, Any] = {"tools": [OPEN_GATE], "max_tokens": 200}
-    chunks = [chunk.choices[0] for chunk in chat(client, **options, stream=True)]
+    chunks = [chunk.choices[0] for chunk in chat(client, tools=[OPEN_GATE], max_tokens=200, stream=True)]
     assert "".join(chunk.delta.content or "" for chunk in chunks) == "Two gates."
     calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     assert [json.loads(call.function.arguments) for call in calls] == CALLED
     assert [call.index for call in calls] == [0, 1] and chunks[-1].finish_reason == "tool_calls"
-    message = chat(client, **options, parallel_tool_calls=False).choices[0].message
-    assert message.content == "Two gates." and len(message.tool_calls) == 1
+
+
+def test_tools_round_trip(client):
+    named = {"type": "function", "function": {"name": "open_gate"}}
+    options: dict[str, Any] = {"tools": [OPEN_GATE], "tool_choice": named, "max_tokens": 120}
+    # The demonstration model never ends its reasoning by itself; here a bias makes it.
+    end = client.post("/../tokenize", body={"text": "</think>", "parse_special": True}, cast_to=object)["tokens"][0]
+    whole = chat(client, **options, logit_bias={str(end): 100}, reasoning_effort="high").choices[0]
+    (call,) = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    assert call.function.name == "open_gate" and json.loads(call.function.arguments) == {"side": "west"}
+    answered = [*STORY, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "It is open."}]
+    after = chat(client, answered, tools=[OPEN_GATE])
+    assert after.choices[0].finish_reason == "length" and after.choices[0].message.content
 
 
 def test_no_tools_where_none_are_wanted(client):

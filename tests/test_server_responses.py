@@ -21,6 +21,7 @@ OPEN_GATE = {
     "strict": False,
 }
 NOTE = {"type": "custom", "name": "note", "description": "Writes something down."}
+TOOLS = [OPEN_GATE, NOTE]
 
 
 class Animal(pydantic.BaseModel):
@@ -55,10 +56,13 @@ def shown(response: Any) -> list[dict[str, Any]]:
     return [item.model_dump(exclude={"id", "call_id"}) for item in response.output]
 
 
+def prompt(server: Any, given: Any, **options: Any) -> list[int]:
+    """The prompt that a request leads to, found without the model."""
+    return list(read_response(server.service, Fields({"model": "any", "input": given, **options}))[0].ids)
+
+
 def count(server: Any, given: Any, **options: Any) -> int:
-    """Tokens of the prompt that a request leads to, found without the model."""
-    task, _ = read_response(server.service, Fields({"model": "any", "input": given, **options}))
-    return len(task.ids)
+    return len(prompt(server, given, **options))
 
 
 def test_a_stream_adds_up_to_the_response(client):
@@ -104,48 +108,46 @@ def test_reasoning_is_an_item(server, client, summary):
     assert count(server, following, **options) > count(server, [following[0], *following[2:]], **options)
 
 
-def test_tools_round_trip(client):
+def test_tools_round_trip(server, client):
     choice = {"type": "function", "name": "open_gate"}
-    whole, events = streamed(client, tools=[OPEN_GATE], tool_choice=choice, max_output_tokens=120)
+    whole, events = streamed(client, tools=TOOLS, tool_choice=choice, max_output_tokens=120)
     (call,) = whole.output
     assert whole.status == "completed" and call.type == "function_call" and call.name == "open_gate"
     assert json.loads(call.arguments) == {"side": "west"} and call.id.startswith("fc_") and call.call_id != call.id
     done = [event for event in events if event.type == "response.output_item.done"]
     assert [event.item for event in done] == [call]
-    whole = ask(client, tools=[OPEN_GATE], tool_choice="required", max_output_tokens=120)
-    assert json.loads(whole.output[0].arguments) == {"side": "west"}
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "It is open."}
-    rule = {"role": "developer", "content": "Be brief."}
     question = {"role": "user", "content": "Tell me a story."}
-    after = ask(client, [question, call, output, rule], tools=[OPEN_GATE])
+    after = ask(client, [question, call, output], tools=TOOLS)
     assert after.status == "incomplete" and after.output_text
     # What stands between a call and its output follows them.
-    assert ask(client, [question, call, rule, output], tools=[OPEN_GATE]).output_text == after.output_text
+    rule, call = {"role": "developer", "content": "Be brief."}, call.model_dump()
+    between = prompt(server, [question, call, rule, output], tools=TOOLS)
+    assert between == prompt(server, [question, call, output, rule], tools=TOOLS)
 
 
-def test_text_and_several_calls(server, client, monkeypatch):
+def test_only_one_call_where_no_more_are_wanted(server, client, monkeypatch):
     server.dictate(monkeypatch, CALLS)
-    whole, events = streamed(client, tools=[OPEN_GATE], max_output_tokens=200)
-    text, *calls = whole.output
-    assert whole.output_text == text.content[0].text == "Two gates."
-    assert [json.loads(call.arguments) for call in calls] == CALLED and len({call.call_id for call in calls}) == 2
-    done = [event.item for event in events if event.type == "response.output_item.done"]
-    assert [item.id for item in done] == [item.id for item in whole.output]
+    whole = ask(client, tools=TOOLS, max_output_tokens=200, parallel_tool_calls=False)
+    text, call = whole.output
+    assert whole.output_text == text.content[0].text == "Two gates." and whole.status == "completed"
+    assert json.loads(call.arguments) == CALLED[0]
 
 
 def test_a_tool_that_takes_free_text(server, client, monkeypatch):
     given = 'Line 1\n"Line" </2>'
-    with monkeypatch.context() as patch:
-        parameter = f'<｜DSML｜parameter name="input" string="true">{given}</｜DSML｜parameter>'
-        invoke = f'<｜DSML｜invoke name="note">\n{parameter}\n</｜DSML｜invoke>'
-        server.dictate(patch, f"\n\n<｜DSML｜tool_calls>\n{invoke}\n</｜DSML｜tool_calls>")
-        forced = {"type": "custom", "name": "note"}
-        whole, events = streamed(client, tools=[NOTE], tool_choice=forced, max_output_tokens=200)
+    parameter = f'<｜DSML｜parameter name="input" string="true">{given}</｜DSML｜parameter>'
+    invoke = f'<｜DSML｜invoke name="note">\n{parameter}\n</｜DSML｜invoke>'
+    server.dictate(monkeypatch, f"\n\n<｜DSML｜tool_calls>\n{invoke}\n</｜DSML｜tool_calls>")
+    forced = {"type": "custom", "name": "note"}
+    whole, events = streamed(client, tools=TOOLS, tool_choice=forced, max_output_tokens=200)
     (call,) = whole.output
     assert (call.type, call.name, call.input, whole.status) == ("custom_tool_call", "note", given, "completed")
     assert [event.item for event in events if event.type == "response.output_item.done"] == [call]
     output = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "Noted."}
-    assert ask(client, [{"role": "user", "content": "Tell me a story."}, call, output], tools=[NOTE]).output_text
+    history = [{"role": "user", "content": "Tell me a story."}, call.model_dump(), output]
+    text = server.service.tokenizer.decode(prompt(server, history, tools=TOOLS))
+    assert f"{parameter}\n</｜DSML｜invoke>" in text and "<tool_result>Noted.</tool_result>" in text
 
 
 def test_structured_output(client):
