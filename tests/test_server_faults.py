@@ -9,6 +9,8 @@ import json
 import re
 import socket
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -17,6 +19,8 @@ from serving import KEY, SETTINGS, Serving, eventually
 
 from ds4jax.engine_session import Session
 from ds4jax.server import wire
+from ds4jax.server.errors import ApiError
+from ds4jax.server.scheduler import Scheduler
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"]
 STORY = [{"role": "user", "content": "Tell me a story."}]
@@ -107,6 +111,35 @@ def test_many_clients_at_once(server):
     assert eventually(server.idle)
 
 
+def test_first_come_first_served_in_turns(server, sessions):
+    class Work:
+        """Three turns of nothing."""
+
+        ids: Sequence[int] = (1, 2)
+        cancelled = False
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def turn(self, session: Session) -> bool:
+            turns.append(self.name)
+            return turns.count(self.name) < 3
+
+        def fail(self, error: ApiError) -> None:
+            turns.append(f"{self.name} failed")
+
+    assert eventually(server.idle)
+    turns: list[str] = []
+    scheduler = Scheduler(sessions, queue=9)
+    # Nobody starts before all have come.
+    with scheduler._change:
+        for name in "abcde":
+            scheduler.submit(Work(name))
+    assert eventually(lambda: len(turns) == 15)
+    assert "".join(turns) == "ababab" + "cdcdcd" + "eee"
+    scheduler.close()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_goes_away_stops_the_answer(server, stream):
     before = answered(server)
@@ -169,6 +202,11 @@ def test_a_long_prompt_keeps_the_connection_alive(server, monkeypatch):
 def test_a_fault_of_the_server_is_told_without_details(server, monkeypatch, path):
     body = {"model": "any", "messages": STORY, "input": "Hi", "max_tokens": 4, "max_output_tokens": 4}
 
+    def said(seed: int) -> list[str]:
+        return re.findall(r'"(?:text|content)":"([^"]*)"', server.post(path, **body, seed=seed).text)
+
+    before = said(2)
+
     def fail(session: Session) -> None:
         raise OSError("/secret/path")
 
@@ -179,7 +217,8 @@ def test_a_fault_of_the_server_is_told_without_details(server, monkeypatch, path
     text = json.dumps([error, last])
     assert "secret" not in text and "its log says why" in text
     assert last[0] == {"/v1/messages": "error", "/v1/responses": "response.failed"}.get(path)
-    assert server.post(path, **body).status_code == 200  # and the session is as good as new
+    with ThreadPoolExecutor() as pool:  # and both sessions are as good as new
+        assert list(pool.map(said, [2, 2])) == [before] * 2 and before
 
 
 def test_a_web_page_of_another_site_is_refused(server):
