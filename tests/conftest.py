@@ -50,9 +50,9 @@ def server(sessions: Any) -> Any:
         yield serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
+    """Headless Chromium, for one file: while it is there, an event loop runs, and tests elsewhere want their own."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

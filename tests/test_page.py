@@ -131,6 +131,11 @@ def test_stop(visit: Callable[..., Page], server: Serving) -> None:
         expect(page.get_by_role("button", name="Send")).to_be_visible()
         assert eventually(server.idle)
     write(page, "Once upon a time")
+    expect(page.locator(".answer .markdown").last).not_to_be_empty()
+    page.reload()
+    expect(page.locator(".note")).to_have_text(["Stopped."] * 3)
+    assert answer(page) and eventually(server.idle)
+    write(page, "Once upon a time")
     page.get_by_role("button", name="New chat").click()
     assert eventually(server.idle)
     assert page.locator("article").count() == 0

@@ -236,7 +236,10 @@ byId("new").addEventListener("click", () => {
   text.focus();
 });
 
-window.addEventListener("pagehide", keep);
+window.addEventListener("pagehide", () => {
+  stop(); // as a lost connection it would be a fault
+  keep();
+});
 
 messages = recall("sessionStorage", "conversation") ?? [];
 for (const message of messages) if (message.role === "assistant") message.end ??= "stopped";
