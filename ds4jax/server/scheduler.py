@@ -91,6 +91,8 @@ class Scheduler:
             self._admit()
             for job, session in list(self._active.items()):
                 self._turn(job, session)
+        for session in self._active.values():
+            session.end()
         for job in [*self._active, *self._waiting]:
             job.fail(ApiError(503, "the server is shutting down"))
 
