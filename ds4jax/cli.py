@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,11 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ds4jax.errors import ConfigError, Ds4Error, RequestError
+from ds4jax.cli_chat import chat
+from ds4jax.cli_load import load_engine, open_model, read_run
+from ds4jax.cli_options import (
+    Chunk,
+    Config,
+    Context,
+    MinP,
+    Model,
+    Mtp,
+    NumericsChange,
+    Prompt,
+    PromptFile,
+    Seed,
+    Special,
+    Speculative,
+    Temperature,
+    TopK,
+    TopP,
+)
+from ds4jax.cli_serve import serve
+from ds4jax.errors import Ds4Error, RequestError
 
 if TYPE_CHECKING:
-    from ds4jax.checkpoint import GGUF
-    from ds4jax.config import Numerics
     from ds4jax.engine import Engine, Options
     from ds4jax.engine_run import Result
     from ds4jax.runconfig import RunConfig
@@ -44,31 +61,6 @@ app = typer.Typer(
     help="DeepSeek-V4-Flash inference in JAX, from GGUF files.",
 )
 
-Model = Annotated[Path | None, typer.Option("-m", "--model", help="GGUF file; default: the demonstration model.")]
-Mtp = Annotated[Path | None, typer.Option("--mtp", help="GGUF file of the MTP block, where it is separate.")]
-Config = Annotated[
-    str,
-    typer.Option("-c", "--config", metavar="strict|perf|FILE.toml", help="Numerics preset, numerics file or run file."),
-]
-NumericsChange = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-N", "--numerics", metavar="NAME|FILE|FIELD=VALUE", help="Other numerics, or one field of them; repeatable."
-    ),
-]
-Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="The text; default: standard input.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompt-file", help="UTF-8 file that holds the text.")]
-Special = Annotated[
-    bool | None,
-    typer.Option("--special/--no-special", help="Special tokens written out in the text become single tokens."),
-]
-Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
-Speculative = Annotated[
-    str | None,
-    typer.Option("--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block."),
-]
-Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
-
 
 def _version(wanted: bool) -> bool:
     if wanted:
@@ -95,13 +87,11 @@ def generate(
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     special: Special = None,
-    temperature: Annotated[float | None, typer.Option("-t", "--temperature", help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k most probable tokens; 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Keep the most probable mass p; 1 is off.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option("--min-p", help="Keep tokens p times as probable as the best; 0 is off.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
     max_new_tokens: Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Most tokens to add.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the answer; repeatable.")] = None,
     stop_ids: Annotated[
@@ -113,7 +103,7 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
 ) -> None:
     """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
-    run = _run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file).override(
+    run = read_run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file).override(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -129,7 +119,7 @@ def generate(
     )
     text = _text(run)
     options = _options(run)
-    engine = _engine(run)
+    engine = load_engine(run)
     if run.prompt is not None and sys.stderr.isatty():
         typer.secho(text, err=True, nl=False, dim=True)
     stream = engine.stream(text, **options)
@@ -141,7 +131,10 @@ def generate(
         typer.echo()
         if stats:
             _show_stats(engine, stream.result())
-    _say_if_clipped(stream.result(), run.max_new_tokens)
+    _say_if_clipped(stream.result(), options["max_new_tokens"])
+
+
+app.command()(chat)
 
 
 @app.command()
@@ -156,7 +149,7 @@ def tokens(
     from ds4jax.tokenizer import Tokenizer
 
     text = _text(RunConfig(prompt=prompt, prompt_file=prompt_file))
-    tokenizer = Tokenizer.from_gguf(_open(model).metadata)
+    tokenizer = Tokenizer.from_gguf(open_model(model).metadata)
     for token in tokenizer.encode(text, parse_special=bool(special)):
         typer.echo(f"{token}\t{_piece(tokenizer, token)}")
 
@@ -176,10 +169,10 @@ def logprobs(
     """Shows what the model thinks of a text: id, log-probability and piece of every token, one a line."""
     import numpy as np
 
-    run = _run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file)
+    run = read_run(config, numerics, model=model, mtp=mtp, prompt=prompt, prompt_file=prompt_file)
     run = run.override(special=special, context=context, chunk=chunk)
     text = _text(run)
-    engine = _engine(run)
+    engine = load_engine(run)
     ids = engine.encode(text, parse_special=run.special)
     scores = engine.logprobs(ids)
     for token, score in zip(ids[1:], scores.tolist(), strict=True):
@@ -205,25 +198,17 @@ def info(
 
     if file is not None and model is not None:
         raise RequestError(f"two model files given, {file} and {model}; name one")
-    run = _run(config, numerics, model=file or model, mtp=mtp)
+    run = read_run(config, numerics, model=file or model, mtp=mtp)
     second = None if run.mtp is None else open_gguf(run.mtp)
     chunk = run.chunk or default_chunk(run.numerics)
 
     def cache(sizes: ModelConfig, context: int) -> int:
         return cache_nbytes(sizes, run.numerics, 1, context, min(chunk, context))
 
-    show(describe(_open(run.model), second, cache))
+    show(describe(open_model(run.model), second, cache))
 
 
-def _run(config: str, numerics: list[str] | None, **changes: Any) -> RunConfig:
-    """The run file or preset with the command line's changes."""
-    from ds4jax.runconfig import RunConfig, change_numerics, load_numerics, parse_assignment
-
-    run = RunConfig.read(config).override(**changes)
-    for change in numerics or []:
-        changed = change_numerics(run.numerics, parse_assignment(change)) if "=" in change else load_numerics(change)
-        run = run.override(numerics=changed)
-    return run
+app.command()(serve)
 
 
 def _text(run: RunConfig) -> str:
@@ -237,74 +222,23 @@ def _text(run: RunConfig) -> str:
     return text
 
 
-def _open(model: Path | None) -> GGUF:
-    from ds4jax.checkpoint import open_gguf
-    from ds4jax.engine import open_demo
-
-    return open_demo() if model is None else open_gguf(model)
-
-
 def _options(run: RunConfig) -> Options:
     """What the run asks of the engine; checked here, because loading takes long."""
     from ds4jax.decode.sampling import Sampling
+    from ds4jax.engine import NEW_TOKENS
 
-    sampling = Sampling(run.temperature, run.top_k, run.top_p, run.min_p)
+    sampling = Sampling(run.temperature or 0.0, run.top_k, run.top_p, run.min_p)
     sampling.broadcast(1)
     options: Options = {
         "sampling": sampling,
         "seed": run.seed,
-        "max_new_tokens": run.max_new_tokens,
+        "max_new_tokens": NEW_TOKENS if run.max_new_tokens is None else run.max_new_tokens,
         "stop": run.stop,
         "parse_special": run.special,
     }
     if run.stop_ids is not None:
         options["stop_ids"] = run.stop_ids
     return options
-
-
-def _check_compiler_options(numerics: Numerics) -> None:
-    """Compiles next to nothing, so that an option that XLA refuses is found before the model is loaded."""
-    import jax
-
-    try:
-        jax.jit(lambda x: x, compiler_options=numerics.compiler_options).lower(0).compile()
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise ConfigError(f"numerics: xla: {reason}; remove or correct it") from error
-
-
-def _engine(run: RunConfig) -> Engine:
-    """The loaded model; a bar on a terminal shows the progress."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    from ds4jax.engine import load
-
-    _keep_compiled_programs()
-    _check_compiler_options(run.numerics)
-    console = Console(stderr=True)
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-        return load(
-            run.model,
-            mtp=run.mtp,
-            numerics=run.numerics,
-            context=run.context,
-            chunk=run.chunk,
-            speculative=run.speculative,
-            progress=lambda done, total, _: bar.update(task, completed=done, total=total),
-        )
-
-
-def _keep_compiled_programs() -> None:
-    """Has JAX keep compiled programs in the user's cache directory, unless it was told of another place."""
-    import jax
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "ds4jax" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ds4jax.decode.generate import Programs
 from ds4jax.decode.state import Request
-from ds4jax.tokenizer import Decoder, Tokenizer
+from ds4jax.tokenizer import Decoder, Tokenizer, overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Answer:
             if token in self._stop_ids:
                 return self.end("stop")
             self._append(self._decoder.feed(token))
-        held = 0 if self.finish else max((_overlap(self.text, stop) for stop in self._stop), default=0)
+        held = 0 if self.finish else max((overlap(self.text, stop) for stop in self._stop), default=0)
         return self._show(len(self.text) - held)
 
     def end(self, finish: str) -> str:
@@ -108,11 +108,6 @@ class Answer:
     def _show(self, end: int) -> str:
         start, self._shown = self._shown, max(end, self._shown)
         return self.text[start : self._shown]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Run:

@@ -21,19 +21,24 @@ PRESETS = ("strict", "perf")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A complete run. In a run file, `[sampling]` and `[limits]` are tables and numerics a name, a path or a table.
+    """A complete run.
+
+    In a run file, `[sampling]`, `[limits]` and `[server]` are tables and numerics a name, a path or a table.
 
     model, mtp: GGUF files; no model means the demonstration model that ships with the package.
     numerics: see `Numerics`; in a file `"strict"`, `"perf"`, the path of a numerics file, or a table of fields that
         replace those of its `preset`.
     prompt, prompt_file: the text to continue, or the file that holds it.
     special: whether special tokens written out in the text become single tokens.
-    temperature, top_k, top_p, min_p, seed: sampling; temperature 0 is greedy.
+    temperature, top_k, top_p, min_p, seed: sampling; temperature 0 is greedy; if not given, `generate` is greedy
+        and a chat has 1.
     context: most tokens, prompt and answer together, that the cache holds; as many as the request needs if not given.
-    max_new_tokens: most tokens to generate.
+    max_new_tokens: most tokens to generate; if not given, 256, and in a chat as many as the context holds.
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
+    host, port, api_key, cors, sessions, queue, prompt_profile, think, effort: the table `[server]`, see
+        `server.run.Settings`; what is not given is as it stands there.
     """
 
     model: Path | None = None
@@ -42,24 +47,33 @@ class RunConfig:
     prompt: str | None = None
     prompt_file: Path | None = None
     special: bool = False
-    temperature: float = 0.0
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
     context: int | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
     speculative: str | int = "off"
+    host: str | None = None
+    port: int | None = None
+    api_key: str | None = None
+    cors: tuple[str, ...] | None = None
+    sessions: int | None = None
+    queue: int | None = None
+    prompt_profile: str | None = None
+    think: bool | None = None
+    effort: str | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are both given; remove one")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed = {self.seed}, expected 0 to 2^64 - 1")
-        if self.max_new_tokens < 0:
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens = {self.max_new_tokens}, expected at least 0")
         if not all(self.stop):
             raise ConfigError(f"stop = {list(self.stop)}, expected strings that are not empty")
@@ -123,15 +137,17 @@ _PLAIN = {"prompt", "special", *_PATHS, "speculative"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
     "limits": {"context", "max_new_tokens", "stop", "stop_ids", "chunk"},
+    "server": {"host", "port", "api_key", "cors", "sessions", "queue", "prompt_profile", "think", "effort"},
 }
 _TOP = {*_PLAIN, *_TABLES, "numerics"}
 _NUMERICS = {field.name for field in dataclasses.fields(Numerics)}
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("prompt", *_PATHS), str),
+    **dict.fromkeys(("prompt", *_PATHS, "host", "api_key", "prompt_profile", "effort"), str),
     **dict.fromkeys(("temperature", "top_p", "min_p"), float),
     "special": bool,
+    "think": bool,
 }
-_LISTS: dict[str, type] = {"stop": str, "stop_ids": int}
+_LISTS: dict[str, type] = {"stop": str, "stop_ids": int, "cors": str}
 
 
 def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numerics:

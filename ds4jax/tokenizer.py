@@ -9,7 +9,7 @@ import codecs
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -44,6 +44,13 @@ def _byte_alphabet() -> dict[int, str]:
 
 _CHARACTER_OF_BYTE = _byte_alphabet()
 _LATIN1_OF_CHARACTER = {ord(character): byte for byte, character in _CHARACTER_OF_BYTE.items()}
+
+
+class Span(NamedTuple):
+    """A stretch of text; in trusted text, added tokens written out become their ids (leftmost, longest)."""
+
+    text: str
+    trusted: bool
 
 
 class Tokenizer:
@@ -108,18 +115,24 @@ class Tokenizer:
         parse_special: whether added tokens written out in the text become their ids (leftmost, longest) or stay text.
         Raises `RequestError` for text that is not valid Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
-        if not parse_special:
-            return self._encode_ordinary(text)
-        ids, end = [], 0
-        for match in self._added.finditer(text):
-            ids += self._encode_ordinary(text[end : match.start()])
-            ids.append(self.special_ids[match.group()])
-            end = match.end()
-        return ids + self._encode_ordinary(text[end:])
+        return self.encode_spans([Span(text, trusted=parse_special)])
+
+    def encode_spans(self, spans: Iterable[Span]) -> list[int]:
+        """Ids of texts that follow one another; what lies between two added tokens is encoded as one piece.
+
+        Raises `RequestError` for text that is not valid Unicode.
+        """
+        ids: list[int] = []
+        ordinary: list[str] = []
+        for text, trusted in spans:
+            end = 0
+            for match in self._added.finditer(text) if trusted else ():
+                ordinary.append(text[end : match.start()])
+                ids += self._encode_ordinary("".join(ordinary))
+                ids.append(self.special_ids[match.group()])
+                ordinary, end = [], match.end()
+            ordinary.append(text[end:])
+        return ids + self._encode_ordinary("".join(ordinary))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; added tokens appear as their literal text, invalid UTF-8 as U+FFFD."""
@@ -139,6 +152,10 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)))
 
     def _encode_ordinary(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
         return self._bpe.encode(text, add_special_tokens=False).ids if text else []
 
 
@@ -156,6 +173,11 @@ class Decoder:
     def finish(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing. The decoder can be used again."""
         return self._utf8.decode(b"", final=True)
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` and is not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _is_added(kind: int) -> bool:

@@ -1,6 +1,8 @@
 """Test-wide settings; they must be in force before jax and ds4jax are first imported."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A test compiles hundreds of small programs; what has not changed since the last run need not be compiled again.
@@ -27,3 +30,36 @@ def _pytree_of_anything(cls: type, *arguments: Any, **options: Any) -> type:
 _register_dataclass = jax.tree_util.register_dataclass
 jax.tree_util.register_dataclass = _pytree_of_anything
 jaxtyping.install_import_hook("ds4jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def sessions() -> Any:
+    """Programs of the demonstration model for sessions of 1024 tokens."""
+    from ds4jax.engine import load
+    from ds4jax.engine_session import Sessions
+
+    return Sessions(load(context=1024), 2, 1024)
+
+
+@pytest.fixture(scope="session")
+def server(sessions: Any) -> Any:
+    """A server of the demonstration model that listens on a port of its own."""
+    from serving import Serving
+
+    with Serving(sessions) as serving:
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, for one file: while it is there, an event loop runs, and tests elsewhere want their own."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium to show the chat page in; Debian's is the package chromium")
+    with sync_playwright() as playwright:
+        # The tests may run as root, for whom Chromium has no sandbox; they show nothing foreign.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import ds4jax
-from ds4jax import cli, engine
+from ds4jax import cli, cli_load, engine
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine_run import Stats
 from ds4jax.runconfig import RunConfig, load_numerics
@@ -301,10 +301,10 @@ def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch: pytest.Monke
     before = {name: jax.config.values[name] for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        cli._keep_compiled_programs()
+        cli_load.keep_compiled_programs()
         assert jax.config.values[names[0]] == before[names[0]]  # another place was named already
         jax.config.update(names[0], None)
-        cli._keep_compiled_programs()
+        cli_load.keep_compiled_programs()
         assert jax.config.values[names[0]] == str(tmp_path / "ds4jax" / "jax")
     finally:
         for name, value in before.items():

@@ -22,12 +22,14 @@ COMPUTING = {
 LOADING = {
     "checkpoint": {"errors", "config", "quants"},
     "tokenizer": {"errors"},
+    "chat": {"errors", "tokenizer"},
     "runconfig": {"errors", "config"},
 }
 ENGINE = {"engine": set(COMPUTING) - {"pallas"} | set(LOADING)}
 PUBLIC = {"": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
-CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine"} - {"pallas"}}
-ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **CLI, "demo": set()}
+SERVER = {"server": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
+CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine", "server"} - {"pallas"}}
+ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **SERVER, **CLI, "demo": set()}
 
 OUTSIDE = {
     *(
@@ -126,8 +128,11 @@ def test_package() -> None:
         ("ds4jax.decode.generate", "import ds4jax"),
         ("ds4jax.checkpoint", "from ds4jax.model import cache"),
         ("ds4jax.tokenizer", "from ds4jax.config import ModelConfig"),
+        ("ds4jax.chat_parse", "from ds4jax.engine import Engine"),
         ("ds4jax.engine", "from ds4jax import cli"),
         ("ds4jax.engine", "import ds4jax.pallas.linear as fast"),
+        ("ds4jax.engine", "from ds4jax.server import run"),
+        ("ds4jax.server.run", "from ds4jax import cli"),
         ("ds4jax.novelty", ""),
         ("ds4jax.quants_layouts", "import ds4jax.ops.linear"),
         ("ds4jax.quants", "import os"),

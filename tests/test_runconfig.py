@@ -38,6 +38,17 @@ max_new_tokens = 12
 stop = ["\\n\\n", "The end"]
 stop_ids = [1, 5]
 chunk = 64
+
+[server]
+host = "::1"
+port = 9000
+api_key = "k"
+cors = ["https://a.example"]
+sessions = 2
+queue = 5
+prompt_profile = "0731"
+think = true
+effort = "max"
 """
 
 
@@ -64,6 +75,15 @@ def test_whole_run(tmp_path: Path) -> None:
         stop_ids=(1, 5),
         chunk=64,
         speculative="auto",
+        host="::1",
+        port=9000,
+        api_key="k",
+        cors=("https://a.example",),
+        sessions=2,
+        queue=5,
+        prompt_profile="0731",
+        think=True,
+        effort="max",
     )
     assert type(run.temperature) is type(run.numerics.draft_cost) is float
     assert run.numerics.implementation("linear") == "pallas"
@@ -84,7 +104,7 @@ def test_every_field_can_stand_in_a_file() -> None:
 
 
 def test_the_example_in_the_readme() -> None:
-    (example,) = (Path(__file__).parent.parent / "README.md").read_text().split("```toml\n")[1:]
+    example = (Path(__file__).parent.parent / "README.md").read_text().split("```toml\n")[1]
     run = RunConfig.from_toml(example.split("```")[0], Path())
     assert run == RunConfig(
         model=Path("MODEL.gguf"),
