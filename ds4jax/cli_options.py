@@ -28,9 +28,7 @@ Special = Annotated[
 Context = Annotated[int | None, typer.Option("--context", help="Most tokens, text and answer together.")]
 Speculative = Annotated[
     str | None,
-    typer.Option(
-        "--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block; the text is the same."
-    ),
+    typer.Option("--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block."),
 ]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
 Temperature = Annotated[float | None, typer.Option("-t", "--temperature", help="0 is greedy.")]

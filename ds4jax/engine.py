@@ -23,6 +23,7 @@ from ds4jax.decode.steps import SHARED_ROWS
 from ds4jax.engine_run import Answer, Result, Run
 from ds4jax.errors import CheckpointError, ConfigError, RequestError
 from ds4jax.model.cache import cache_nbytes
+from ds4jax.ops import absent_rows_are_free
 from ds4jax.runconfig import load_numerics
 from ds4jax.tokenizer import Tokenizer
 
@@ -277,7 +278,7 @@ def load(
 
 def default_chunk(numerics: Numerics) -> int:
     """Where rows are evaluated one at a time, a long chunk gains nothing and a short one saves compiling."""
-    return SHARED_ROWS if numerics.rows == "loop" else CHUNK
+    return SHARED_ROWS if absent_rows_are_free(numerics) else CHUNK
 
 
 def open_demo() -> GGUF:

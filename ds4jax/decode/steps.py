@@ -14,6 +14,7 @@ from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import DecodeState, Limits, Request
 from ds4jax.model.cache import Cache, commit, init_cache
 from ds4jax.model.transformer import DeepSeekV4
+from ds4jax.ops import absent_rows_are_free
 
 SHARED_ROWS = 8  # largest chunk that shares its program with decoding
 
@@ -42,7 +43,7 @@ class Steps:
 
         One program compiles in half the time of two.
         """
-        return self.model.numerics.rows == "loop" and self.limits.chunk <= SHARED_ROWS
+        return absent_rows_are_free(self.model.numerics) and self.limits.chunk <= SHARED_ROWS
 
     def start(self) -> DecodeState:
         """The state before anything is evaluated."""

@@ -60,11 +60,22 @@ def _reference(name: str, num: Numerics, live: Live, rows: Any, shared: Any, set
     return map_rows(call, live, *rows) if num.rows == "loop" else call(*rows)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
-def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
+def implementation(num: Numerics, name: str) -> str:
+    """What carries out an operation here: "xla", "pallas" or "interpret"."""
     chosen = num.implementation(name)
     if chosen == "auto":
-        chosen = "pallas" if jax.default_backend() == "gpu" and name in pallas.KERNELS else "xla"
+        return "pallas" if jax.default_backend() == "gpu" and name in pallas.KERNELS else "xla"
+    return chosen
+
+
+def absent_rows_are_free(num: Numerics) -> bool:
+    """Whether projections cost only the rows that exist: where they are taken one by one. A kernel computes all."""
+    return num.rows == "loop" and implementation(num, "linear") == "xla"
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
+def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
+    chosen = implementation(num, name)
     if chosen == "xla":
         return _reference(name, num, live, rows, shared, dict(settings))
     if name not in pallas.KERNELS:
