@@ -1,0 +1,206 @@
+"""Every kernel and whole generations on a GPU: `PYTHONPATH=.:tests python tests/gpu/run.py [--help]`.
+
+Kernels are compared with their references on the same card at the full model's shapes; the demonstration model then
+generates with and without drafts. Prints a line per check and exits with the number of failed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases_attention
+import cases_glue
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ds4jax
+from ds4jax import ops
+from ds4jax.bench.cases import CASES
+from ds4jax.ops.rows import Live
+from ds4jax.ops.simulate import fp4_round_trip, fp8_round_trip
+from ds4jax.pallas.ptx import Emulated, Native, launch
+from gpu import contraction
+
+STRICT = ds4jax.load_numerics("strict")
+KERNELS = STRICT.replace(impl=tuple((op, "pallas") for op, _ in STRICT.impl))
+REFERENCE = STRICT.replace(impl=tuple((op, "xla") for op, _ in STRICT.impl), rows="batch")
+BOUNDS = {
+    **cases_glue.BOUNDS,
+    "compressor": 2e-6,  # float dots of 4096 products in another order
+    **{name: 3e-6 for name in cases_attention.CASES if name.startswith("attention")},  # softmax in parts, see attention
+}
+"""Largest difference relative to the largest result; what is not listed must be equal bit for bit."""
+
+TEXT = "The old man looked at the sea for a long time. Then he took his hat, and walked slowly down to the boats."
+PROMPTS = {"tale": "Once upon a time there was a fox who", "dialogue": '"Where are you going?" asked the'}
+
+
+class Report:
+    """Prints checks as they are made and counts failures."""
+
+    failed = 0
+
+    def check(self, name: str, function: Callable[[], tuple[bool, str]]) -> None:
+        begun = time.perf_counter()
+        try:
+            passed, detail = function()
+        except Exception as error:
+            passed, detail = False, f"{type(error).__name__}: {str(error)[:400]}"
+        self.failed += not passed
+        print(f"{'ok  ' if passed else 'FAIL'} {name}: {detail} [{time.perf_counter() - begun:.1f} s]", flush=True)
+
+
+def instructions() -> tuple[bool, str]:
+    """PTX instructions against their emulations on random words."""
+    rng = np.random.default_rng(0)
+    words = [jnp.asarray(rng.integers(-(2**31), 2**31, 1024).astype(np.int32)) for _ in range(3)]
+    values = [jnp.asarray((rng.standard_normal(1024) * 1000).astype(np.float32)) for _ in range(2)]
+
+    def results(ptx: Any, a: Any, b: Any, c: Any, x: Any, y: Any) -> tuple[Any, ...]:
+        return (ptx.dp4a(a, b, c), ptx.permute(0x002B1908, 0x00D5E7F8, a), ptx.rint(x), ptx.divide(x, y))
+
+    def kernel(ptx: Any, *refs: Any) -> None:
+        for ref, value in zip(refs[5:9], results(ptx, *(ref[...] for ref in refs[:5])), strict=True):
+            ref[...] = value
+        refs[9][0] = ptx.tree_sum(refs[3][...])
+
+    kinds = [jnp.int32, jnp.int32, jnp.int32, jnp.float32]
+    shapes = (*(jax.ShapeDtypeStruct((1024,), kind) for kind in kinds), jax.ShapeDtypeStruct((1,), jnp.float32))
+    got = launch(kernel, shapes, (1,), *words, *values, name="instructions", warps=4, interpret=False)
+    want = jax.jit(lambda *args: (*results(Emulated(), *args), Emulated().tree_sum(args[3])[None]))(*words, *values)
+    wrong = [int(jnp.sum(a != b)) for a, b in zip(got, want, strict=True)]
+    assert isinstance(Native(), Emulated.__bases__)
+    return not any(wrong), f"different results of dp4a, permute, rint, divide, tree_sum: {wrong}"
+
+
+def grids() -> tuple[bool, str]:
+    """The simulated formats change values, and storing them changes nothing more: no cast is optimised away."""
+    x = jax.random.normal(jax.random.key(0), (64, 512))
+    options = STRICT.compiler_options
+    fp8, fp4 = (jax.jit(f, compiler_options=options)(x) for f in (fp8_round_trip, fp4_round_trip))
+    half = jax.jit(
+        lambda x: jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32), compiler_options=options
+    )(x)
+    changed = [float(jnp.mean(y != x)) for y in (fp8, fp4, half)]
+    idempotent = all(bool(jnp.array_equal(f(y), y)) for f, y in ((fp8_round_trip, fp8), (fp4_round_trip, fp4)))
+    return min(changed) > 0.5 and idempotent, f"share of values on another place: fp8, fp4, f16 {changed}"
+
+
+def contracted() -> tuple[bool, str]:
+    """The fused rotation is the two-step one, and a fused multiply-add in it would be seen."""
+    fused, variant = contraction.differences()
+    return fused == 0 and variant > 0, f"fused against two steps {fused}, with fma {variant} elements differ"
+
+
+def kernel(name: str, rows: int) -> tuple[bool, str]:
+    """One case: equal to the reference, the same alone as among others, and the same again."""
+    if name in CASES:
+        case = CASES[name]
+        op, settings = case.op, case.settings
+        row_args = jax.jit(case.rows, static_argnums=1)(jax.random.key(2), rows)
+        shared = jax.jit(case.shared)(jax.random.key(1))
+    else:
+        op, settings, build = {**cases_glue.FULL, **cases_attention.CASES}[name]
+        row_args, shared = build(np.random.default_rng(0), rows)
+
+    def program(numerics: Any) -> Callable[[Live, Any], list[Any]]:
+        function = jax.jit(
+            lambda live, row_args, shared: ops.call(op, numerics, live, row_args, shared, **settings),
+            compiler_options=numerics.compiler_options,
+        )
+        return lambda live, row_args: jax.tree.leaves(function(live, row_args, shared))
+
+    run = program(KERNELS)
+    got, want = run(Live.all(rows), row_args), program(REFERENCE)(Live.all(rows), row_args)
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(got, want, strict=True)]
+    equal = all(np.array_equal(a, b) for a, b in pairs)
+    worst = max(float(np.max(np.abs(a.astype(float) - b)) / max(float(np.max(np.abs(b))), 1e-30)) for a, b in pairs)
+    again = all(np.array_equal(a, b) for a, b in zip(run(Live.all(rows), row_args), got, strict=True))
+    alone = among = True
+    if op != "store":  # its result is the whole cache
+        for row in range(rows):
+            single = run(Live.all(1), jax.tree.map(lambda v, row=row: v[row : row + 1], row_args))
+            alone &= all(np.array_equal(a[row], b[0]) for a, b in zip(got, single, strict=True))
+            masked = run(Live.of(jnp.arange(rows) == row), row_args)
+            among &= all(np.array_equal(a[row], b[row]) for a, b in zip(got, masked, strict=True))
+    good = (equal or worst <= BOUNDS.get(name, 0.0)) and alone and among and again
+    same = "equal to the reference" if equal else f"within {worst:.1e} of the reference"
+    return good, f"{same}; rows alone {alone}, beside absent ones {among}, repeated {again}"
+
+
+def cpu_logprobs() -> np.ndarray:
+    """Log-probabilities of `TEXT` by the reference on the CPU, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cpu.npy"
+        code = f"import ds4jax, numpy as np; np.save({str(file)!r}, ds4jax.load().logprobs({TEXT!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        return np.load(file)
+
+
+def cpu_bound() -> tuple[bool, str]:
+    """The demonstration model's log-probabilities on the GPU against the CPU's."""
+    got, want = ds4jax.load().logprobs(TEXT), cpu_logprobs()
+    # Codes on a rounding boundary of the int8, FP8 or FP4 grids may fall to either side.
+    worst, mean = float(np.abs(got - want).max()), float(np.abs(got - want).mean())
+    return worst < 0.5 and mean < 0.02, f"log-probabilities differ by at most {worst:.4f}, on average {mean:.5f}"
+
+
+def streams(drafts: list[str], tokens: int) -> tuple[bool, str]:
+    """Strict texts, greedy and sampled, with every number of drafts; and a table of speeds."""
+    answers: dict[tuple[str, str], list[int]] = {}
+    good = True
+    for preset in ("strict", "perf"):
+        for draft in drafts:
+            begun = time.perf_counter()
+            engine = ds4jax.load(numerics=preset, speculative=int(draft) if draft.isdigit() else draft, context=1024)
+            line = []
+            for kind, prompt in PROMPTS.items():
+                for heat in (0.0, 0.8):
+                    options: Any = {"sampling": ds4jax.Sampling(temperature=heat), "seed": 3, "max_new_tokens": tokens}
+                    engine.generate(prompt, **options)
+                    result = engine.generate(prompt, **options)
+                    if preset == "strict":
+                        good &= answers.setdefault((kind, str(heat)), result.tokens) == result.tokens
+                    stats = result.stats
+                    line.append(f"{kind} T={heat} {stats.decode_rate:.0f} t/s, {stats.tokens_per_step:.2f} per step")
+            print(f"     {preset} drafts {draft}: {'; '.join(line)} [{time.perf_counter() - begun:.0f} s]", flush=True)
+    return good, f"strict texts of {len(answers)} requests are the same with drafts {', '.join(drafts)}: {good}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", help="names of kernel cases; default: all")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--drafts", nargs="*", default=["off", "1", "2", "3", "auto"])
+    parser.add_argument("--tokens", type=int, default=200)
+    given = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+    if device.platform != "gpu":
+        print("no GPU")
+        return 1
+    report = Report()
+    report.check("instructions", instructions)
+    report.check("simulated formats", grids)
+    report.check("contraction", contracted)
+    every = [*CASES, *cases_glue.FULL, *cases_attention.CASES]
+    for name in every if given.cases is None else given.cases:
+        report.check(name, lambda name=name: kernel(name, given.rows))
+    if given.drafts:
+        report.check("GPU against CPU", cpu_bound)
+        report.check("streams", lambda: streams(given.drafts, given.tokens))
+    print(f"{report.failed} failed")
+    return report.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
