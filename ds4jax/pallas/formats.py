@@ -189,7 +189,7 @@ FORMATS = {
     "IQ2_XXS": Format(iq2_xxs, 32, "q8"),
     "Q2_K": Format(q2_k, 16, "q8k"),
     "Q4_K": Format(q4_k, 8, "q8k"),
-    "float": Format(floats, 1, "x", 1024),
+    "float": Format(floats, 1, "x", 256),
 }
 
 

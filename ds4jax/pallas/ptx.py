@@ -28,7 +28,10 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def permute(self, low: int, high: int, selector: Array) -> Array:
-        """Byte i of the result is byte `selector >> 4 i & 7` of the eight in `low`, `high`, i32 (PTX `prmt`)."""
+        """Byte i of the result is byte `selector >> 4 i & 7` of the eight in `low`, `high`, i32 (PTX `prmt`).
+
+        The fourth bit of each nibble that is used must be clear.
+        """
 
     @abc.abstractmethod
     def rint(self, x: Array) -> Array:

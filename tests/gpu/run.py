@@ -66,7 +66,7 @@ def instructions() -> tuple[bool, str]:
     values = [jnp.asarray((rng.standard_normal(1024) * 1000).astype(np.float32)) for _ in range(2)]
 
     def results(ptx: Any, a: Any, b: Any, c: Any, x: Any, y: Any) -> tuple[Any, ...]:
-        return (ptx.dp4a(a, b, c), ptx.permute(0x002B1908, 0x00D5E7F8, a), ptx.rint(x), ptx.divide(x, y))
+        return (ptx.dp4a(a, b, c), ptx.permute(0x002B1908, 0x00D5E7F8, a & 0x77777777), ptx.rint(x), ptx.divide(x, y))
 
     def kernel(ptx: Any, *refs: Any) -> None:
         for ref, value in zip(refs[5:9], results(ptx, *(ref[...] for ref in refs[:5])), strict=True):
