@@ -27,7 +27,10 @@ def test_what_perf_relaxes() -> None:
     assert difference == {
         "rows": ("loop", "batch"),
         "accept": ("coupled", "rejection"),
+        "xla.xla_cpu_enable_fast_math": (False, True),
         "xla.xla_gpu_deterministic_ops": (True, False),
+        "xla.xla_gpu_enable_fast_min_max": (False, True),
+        "xla.xla_gpu_ftz": (False, True),
     }
 
 
