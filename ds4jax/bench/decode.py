@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -107,47 +109,72 @@ def measure(
 ) -> Iterator[Step]:
     """Times steps at each context, one program per number of rows; what fails is told and left out.
 
-    All contexts share one cache with room for the largest, filled with random rows.
+    All contexts share one cache with room for the largest, filled with random rows. The programs are compiled side by
+    side: time of the machine is what a measurement has least of.
     """
     capacity = max(contexts)
-    for count in rows:
+    cache = functools.partial(make_cache, config, numerics, capacity, max(rows))
+    with ThreadPoolExecutor(len(rows)) as pool:
+        programs = [_prepare(config, numerics, params, cache, count, pool, say) for count in rows]
+    for count, (trace_seconds, compiling) in zip(rows, programs, strict=True):
         try:
-            yield from _measure_rows(config, numerics, params, contexts, count, max(rows), steps, capacity, gbps, say)
+            program, compile_seconds = compiling.result()
+            yield from (
+                Step(
+                    config.num_hidden_layers,
+                    count,
+                    context,
+                    capacity,
+                    steps,
+                    milliseconds,
+                    weight_bytes(params, config, count),
+                    gbps,
+                    trace_seconds,
+                    compile_seconds,
+                    peak_bytes(),
+                )
+                for context, milliseconds in _times(program, params, cache(), count, contexts, steps)
+            )
         except Exception as error:  # a program that does not compile or run: the others may
-            reason = str(error).strip().partition("\n")[0]
-            say(f"rows {count}: failed: {type(error).__name__}: {reason}")
+            say(f"rows {count}: failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
-def _measure_rows(
+def _prepare(
     config: ModelConfig,
     numerics: Numerics,
-    params: dict[str, Any],
-    contexts: Sequence[int],
+    params: Any,
+    cache: Callable[[], Cache],
     rows: int,
-    most_rows: int,
-    steps: int,
-    capacity: int,
-    gbps: float,
+    pool: ThreadPoolExecutor,
     say: Say,
-) -> Iterator[Step]:
+) -> tuple[float, Future[tuple[Any, float]]]:
+    """Seconds that tracing and lowering took, and the program with the seconds that compiling will have taken."""
     began = time.perf_counter()
-    cache = jax.block_until_ready(make_cache(config, numerics, capacity, most_rows, 0))
-    say(f"rows {rows}: cache for {capacity} positions filled in {time.perf_counter() - began:.1f} s")
-    tokens = jnp.arange(rows, dtype=jnp.int32)[None]
-    began = time.perf_counter()
-    loop = jax.jit(
+    jitted = jax.jit(
         decode_loop(config, numerics, rows), donate_argnums=(1, 2), compiler_options=numerics.compiler_options
     )
-    traced = loop.trace(params, tokens, cache, jnp.int32(0))
-    trace_seconds = time.perf_counter() - began
-    say(f"rows {rows}: traced in {trace_seconds:.1f} s")
-    began = time.perf_counter()
-    program = traced.lower().compile()
-    compile_seconds = time.perf_counter() - began
-    temporary = program.memory_analysis().temp_size_in_bytes
-    say(f"rows {rows}: compiled in {compile_seconds:.1f} s, {temporary / 2**20:.1f} MiB of temporaries")
-    read = weight_bytes(params, config, rows)
-    state = (tokens, cache)
+    tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    lowered = jitted.lower(params, tokens, jax.eval_shape(cache), jnp.int32(0))
+    seconds = time.perf_counter() - began
+    say(f"rows {rows}: traced and lowered in {seconds:.1f} s")
+
+    def compile() -> tuple[Any, float]:
+        began = time.perf_counter()
+        program = lowered.compile()
+        elapsed = time.perf_counter() - began
+        usage = program.memory_analysis()
+        temporary = 0 if usage is None else usage.temp_size_in_bytes
+        say(f"rows {rows}: compiled in {elapsed:.1f} s, {temporary / 2**20:.1f} MiB of temporaries")
+        return program, elapsed
+
+    return seconds, pool.submit(compile)
+
+
+def _times(
+    program: Any, params: Any, cache: Cache, rows: int, contexts: Sequence[int], steps: int
+) -> Iterator[tuple[int, float]]:
+    """Milliseconds of a step at each context."""
+    state = jnp.arange(rows, dtype=jnp.int32)[None], cache
 
     def run(context: int, count: int) -> float:
         """Seconds that `count` steps take, the last of which ends at `context`."""
@@ -162,19 +189,7 @@ def _measure_rows(
         run(context, 2)
         # What a call costs beside its steps drops out of the difference.
         short, long = (min(run(context, count) for _ in range(REPEATS)) for count in (1, 1 + steps))
-        yield Step(
-            config.num_hidden_layers,
-            rows,
-            context,
-            capacity,
-            steps,
-            (long - short) / steps * 1e3,
-            read,
-            gbps,
-            trace_seconds,
-            compile_seconds,
-            peak_bytes(),
-        )
+        yield context, (long - short) / steps * 1e3
 
 
 def peak_bytes() -> int:

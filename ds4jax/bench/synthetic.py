@@ -152,13 +152,13 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def make_cache(config: ModelConfig, numerics: Numerics, capacity: int, rows: int, length: int) -> Cache:
-    """The cache of one sequence with random values everywhere, committed up to `length`."""
+def make_cache(config: ModelConfig, numerics: Numerics, capacity: int, rows: int) -> Cache:
+    """The cache of one sequence with random values in every place, none of them committed yet."""
     shapes = jax.eval_shape(lambda: init_cache(config, numerics, 1, capacity, rows))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(capacity), len(leaves))
     filled = [_fill(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return commit(jax.tree.unflatten(tree, filled), at_length(length))
+    return commit(jax.tree.unflatten(tree, filled), at_length(0))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
