@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from ds4jax.cli_load import open_model, read_run
+from ds4jax.cli_options import Model, NumericsChange
 from ds4jax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -19,13 +21,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(no_args_is_help=True, help="Measures kernels and decoding.")
 
-_NumericsChange = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-N", "--numerics", metavar="NAME|FILE|FIELD=VALUE", help="strict, perf, a file, or a field; repeatable."
-    ),
-]
-_Rows = Annotated[str, typer.Option("--rows", metavar="N,...", help="Rows of a call.")]
+_Rows = Annotated[str, typer.Option("--rows", metavar="N,...", help="Rows of a call, commas between.")]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="File to write the table to.")]
 
 
@@ -33,7 +29,7 @@ _Csv = Annotated[Path | None, typer.Option("--csv", help="File to write the tabl
 def kernels(
     names: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Cases; default: all.")] = None,
     rows: _Rows = "1,3",
-    numerics: _NumericsChange = None,
+    numerics: NumericsChange = None,
     csv_file: _Csv = None,
 ) -> None:
     """Shows the device time of every kernel at the full model's shapes, and how near it is to a copy's bandwidth."""
@@ -66,13 +62,13 @@ def decode(
     synthetic: Annotated[
         str | None, typer.Option("--synthetic", metavar="flash[:LAYERS]", help="Random weights of these shapes.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="GGUF file; default: demonstration model.")
-    ] = None,
-    context: Annotated[str, typer.Option("--context", metavar="N,...", help="Positions in the cache.")] = "2048",
+    model: Model = None,
+    context: Annotated[
+        str, typer.Option("--context", metavar="N,...", help="Positions in the cache, commas between.")
+    ] = "2048",
     rows: _Rows = "1,3",
     steps: Annotated[int, typer.Option("--steps", help="Steps of a run.")] = 64,
-    numerics: _NumericsChange = None,
+    numerics: NumericsChange = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random weights.")] = 0,
     csv_file: _Csv = None,
 ) -> None:
@@ -125,9 +121,8 @@ def _model(synthetic: str | None, model: Path | None, seed: int) -> tuple[ModelC
     import jax
 
     from ds4jax.bench import synthetic as made
-    from ds4jax.checkpoint import load_params, open_gguf, read_config
+    from ds4jax.checkpoint import load_params, read_config
     from ds4jax.checkpoint_memory import check_device
-    from ds4jax.engine import open_demo
     from ds4jax.model.cache import cache_nbytes
 
     if synthetic is not None:
@@ -139,7 +134,7 @@ def _model(synthetic: str | None, model: Path | None, seed: int) -> tuple[ModelC
             return made.make_params(sizes, seed)
 
         return sizes, make
-    file = open_demo() if model is None else open_gguf(model)
+    file = open_model(model)
     config = read_config(file, None)
 
     def load(settings: Numerics, context: int, rows: int) -> Any:
@@ -150,15 +145,7 @@ def _model(synthetic: str | None, model: Path | None, seed: int) -> tuple[ModelC
 
 def _numerics(changes: list[str] | None) -> tuple[str, Numerics]:
     """Numerics and what to call them."""
-    from ds4jax.runconfig import change_numerics, load_numerics, parse_assignment
-
-    settings, name = load_numerics("strict"), "strict"
-    for change in changes or []:
-        if "=" in change:
-            settings, name = change_numerics(settings, parse_assignment(change)), f"{name} {change}"
-        else:
-            settings, name = load_numerics(change), change
-    return name, settings
+    return " ".join(changes or ["strict"]), read_run("strict", changes).numerics
 
 
 def _numbers(option: str, text: str) -> list[int]:
