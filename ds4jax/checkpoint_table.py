@@ -59,7 +59,7 @@ def make_plan(main: GGUF, mtp: GGUF | None, config: ModelConfig) -> Plan:
     assigned: list[tuple[TensorInfo, Slot]] = []
     ignored: dict[str, str] = {}
     shared: dict[ParamPath, ParamPath] = {}
-    slots, skip = list(_trunk(config)), _unused_in_trunk(main, config)
+    slots, skip = list(trunk_slots(config)), _unused_in_trunk(main, config)
     if config.has_mtp and mtp is None:
         block, shared = _mtp(main, config, own_head=False)
         slots += block
@@ -124,7 +124,8 @@ def _check(tensor: TensorInfo, slot: Slot) -> None:
 # The table itself.
 
 
-def _trunk(config: ModelConfig) -> Iterator[Slot]:
+def trunk_slots(config: ModelConfig) -> Iterator[Slot]:
+    """Slots of every tensor of a main file, layer by layer."""
     V, D = config.vocab_size, config.hidden_size
     yield _slot("token_embd.weight", ("embed",), "matrix", V, D)
     yield _slot("output.weight", ("head",), "matrix", V, D)

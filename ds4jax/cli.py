@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ds4jax.cli_bench import bench
 from ds4jax.cli_chat import chat
 from ds4jax.cli_load import load_engine, open_model, read_run
 from ds4jax.cli_options import (
@@ -209,6 +210,7 @@ def info(
 
 
 app.command()(serve)
+app.add_typer(bench, name="bench")
 
 
 def _text(run: RunConfig) -> str:

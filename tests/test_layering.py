@@ -28,8 +28,9 @@ LOADING = {
 ENGINE = {"engine": set(COMPUTING) - {"pallas"} | set(LOADING)}
 PUBLIC = {"": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
 SERVER = {"server": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
-CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine", "server"} - {"pallas"}}
-ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **SERVER, **CLI, "demo": set()}
+BENCH = {"bench": {*COMPUTING, *LOADING, "engine"} - {"pallas"}}
+CLI = {"cli": {"", "demo", *COMPUTING, *LOADING, "engine", "server", "bench"} - {"pallas"}}
+ALLOWED = {**COMPUTING, **LOADING, **ENGINE, **PUBLIC, **SERVER, **BENCH, **CLI, "demo": set()}
 
 OUTSIDE = {
     *(
@@ -133,6 +134,8 @@ def test_package() -> None:
         ("ds4jax.engine", "import ds4jax.pallas.linear as fast"),
         ("ds4jax.engine", "from ds4jax.server import run"),
         ("ds4jax.server.run", "from ds4jax import cli"),
+        ("ds4jax.engine", "from ds4jax.bench import decode"),
+        ("ds4jax.bench.decode", "from ds4jax import cli_load"),
         ("ds4jax.novelty", ""),
         ("ds4jax.quants_layouts", "import ds4jax.ops.linear"),
         ("ds4jax.quants", "import os"),

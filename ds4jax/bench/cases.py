@@ -34,7 +34,7 @@ class Case:
     active: Callable[[int], int] | None = None
 
 
-def _bits(key: Array, shape: tuple[int, ...]) -> Array:
+def random_words(key: Array, shape: tuple[int, ...]) -> Array:
     """Random words, by a counter hash: fast for gigabytes, and without `jax.random`'s temporaries."""
     seed = jax.random.bits(key, (), jnp.uint32)
     x = jnp.arange(math.prod(shape), dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + seed
@@ -45,7 +45,7 @@ def _bits(key: Array, shape: tuple[int, ...]) -> Array:
 
 def _scale(key: Array, shape: tuple[int, ...], size: float) -> Array:
     """Scales of both signs, f16, of magnitude size/2 .. size."""
-    bits = _bits(key, shape)
+    bits = random_words(key, shape)
     value = (0.5 + (bits & 0xFFFF).astype(jnp.float32) / 131072.0) * size
     return jnp.where(bits < 0, -value, value).astype(jnp.float16)
 
@@ -64,7 +64,7 @@ def quantised(key: Array, format: str, *shape: int) -> QTensor:
     unit = {"Q8_0": 1 / 74, "IQ2_XXS": 1 / 55, "Q2_K": 1 / 11, "Q4_K": 1 / 250}[format]
     keys = jax.random.split(key, len(planes))
     made = {
-        name: _scale(k, (*lead, *tail), size * unit) if name in ("d", "dmin") else _bits(k, (*lead, *tail))
+        name: _scale(k, (*lead, *tail), size * unit) if name in ("d", "dmin") else random_words(k, (*lead, *tail))
         for k, (name, tail) in zip(keys, planes.items(), strict=True)
     }
     return QTensor(made, format, shape)

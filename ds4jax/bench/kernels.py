@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax import Array
 from ds4jax import ops
 from ds4jax.bench.cases import CASES, Case
 from ds4jax.bench.device_time import device_times
+from ds4jax.bench.synthetic import nbytes
 from ds4jax.config import Numerics
 from ds4jax.ops.rows import Live
 
@@ -37,23 +39,22 @@ class Timing:
         return self.nbytes / self.microseconds / 1e3
 
 
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a pytree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def copy_bandwidth() -> float:
-    """GB/s of a copy of 2 GiB on the device, bytes read plus bytes written; the best of five."""
+    """GB/s of copies of 2 GiB on the device, bytes read plus bytes written; the best of three runs."""
+    copies = 20
     x = jnp.zeros(1 << 29, jnp.float32)
-    bump = jax.jit(lambda x: x + 1)
-    bump(x).block_until_ready()
+    size = 2 * x.nbytes
+    bump = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x + 1, x), donate_argnums=0)
 
-    def run() -> None:
-        for _ in range(5):
-            bump(x).block_until_ready()
+    def run(count: int) -> float:
+        nonlocal x
+        began = time.perf_counter()
+        x = bump(x, jnp.int32(count)).block_until_ready()
+        return time.perf_counter() - began
 
-    times = [t for many in device_times(run).values() for t in many]
-    return 2 * x.nbytes / max(times) / 1e3 if len(times) < 5 else 2 * x.nbytes / sorted(times)[-5] / 1e3
+    run(1)
+    short, long = (min(run(count) for _ in range(3)) for count in (1, 1 + copies))
+    return copies * size / (long - short) / 1e9
 
 
 def time_case(name: str, case: Case, num: Numerics, rows: int) -> list[Timing]:
