@@ -195,8 +195,8 @@ class Terminal:
             self._talk.take_back()
             raise
         figures = self._talk.figures
-        end = {"stop": "", "length": " · cut off: no room for more tokens", "stopped": " · stopped"}[figures.finish]
-        self._tell(f"{figures.tokens} tokens · {figures.rate:.1f} tokens/s{end}")
+        ends = {"stop": "", "length": " · cut off: the limit of tokens is reached", "stopped": " · stopped"}
+        self._tell(f"{figures.tokens} tokens · {figures.rate:.1f} tokens/s{ends[figures.finish]}")
 
 
 class _View:

@@ -239,7 +239,7 @@ def test_terminal(tiny: Engine, script: SimpleNamespace) -> None:
     assert any("Ctrl-C stops" in row for row in seen)
     assert "no command /nope" in shown
     assert "/quit or Ctrl-D leaves" in shown and one.messages[2]["content"] == "again"
-    assert "cut off: no room" in " ".join(seen)
+    assert "cut off: the limit" in " ".join(seen)
     assert "prompt of many tokens" in shown and len(one.messages) == 4
 
 

@@ -85,8 +85,8 @@ def test_a_process_serves_until_it_is_told_to_stop(sessions: Any) -> None:
                 page = client.get("/")
                 assert page.headers["content-type"].startswith("text/html") and "<!doctype html>" in page.text
                 assert "default-src 'none'" in page.headers["content-security-policy"]
-                for name in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
-                    assert client.get(name).status_code == 200
+                files = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
+                assert len(files) == 3 and all(client.get(name).status_code == 200 for name in files)
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.stderr.read() == ""
@@ -106,6 +106,9 @@ def test_what_is_wrong_is_said_before_anything_is_loaded() -> None:
         ({"key": "ü"}, "the API key is empty or holds characters"),
         ({"sessions": 0}, "sessions = 0, expected at least 1"),
         ({"port": 65536}, "port = 65536, expected 0 to 65535"),
+        ({"cors": ("*", "site.example")}, "cors = 'site.example', expected * or https://SITE"),
+        ({"cors": ("https://site.example/",)}, "cors = 'https://site.example/', expected"),
+        ({"cors": ("https://Site.example",)}, "cors = 'https://Site.example', expected"),
     ],
 )
 def test_settings_that_are_refused(change, words):
@@ -121,6 +124,14 @@ def test_an_address_that_is_taken():
             open_socket(taken)
 
 
-@pytest.mark.parametrize("change", [{"host": "::1"}, {"host": "localhost"}, {"host": "0.0.0.0", "key": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"host": "::1"},
+        {"host": "localhost"},
+        {"host": "0.0.0.0", "key": "x"},
+        {"cors": ("*", "https://site.example", "http://localhost:3000", "app://notes", "http://[::1]:80")},
+    ],
+)
 def test_settings_that_are_accepted(change):
     assert isinstance(dataclasses.replace(SETTINGS, **change).check(), Settings)

@@ -149,10 +149,21 @@ def test_what_clients_send_along_does_not_reach_the_model(client):
     assert client.models.list().data[0].id == "stories"
 
 
+def test_later_system_messages(client):
+    def count(*messages: Any) -> int:
+        return int(client.messages.count_tokens(model="any", messages=[*STORY, *messages]).input_tokens)
+
+    blocks = [{"type": "text", "text": "Be brief."}]
+    assert count({"role": "system", "content": blocks}) == count({"role": "system", "content": "Be brief."}) > count()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"messages": []}, "messages is empty"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing, expected a string or a list of blocks"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role is missing, expected one of user"),
+        ({"extra_body": {"system": 5}}, "system is 5, expected a string or a list of blocks"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool', expected one of user"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "reads text only"),
         ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),

@@ -58,6 +58,12 @@ def test_bodies_that_are_no_request(server, path, body, words):
     assert not re.search(r"Traceback|\.py|/usr|/home|/tmp", response.text)
 
 
+@pytest.mark.parametrize("path, field", [("/v1/completions", "prompt"), ("/v1/responses", "input")])
+def test_a_field_that_is_missing_is_called_so(server, path, field):
+    error = server.error(path, 400, model="any")
+    assert error["param"] == field and error["message"].startswith(f"{field} is missing, expected ")
+
+
 def test_whole_surrogate_pairs_are_characters(server):
     response = server.http.post("/tokenize", content=b'{"text": "\\ud83d\\ude00"}')
     assert server.post("/detokenize", tokens=response.json()["tokens"]).json() == {"text": "😀"}
@@ -77,6 +83,14 @@ def test_no_such_endpoint_and_no_such_method(server):
         assert response.status_code == status and response.json()["error"]["message"]
         assert response.headers["x-content-type-options"] == "nosniff"
     assert server.http.get("/static/../run.py").status_code == 404
+
+
+def test_browsers_ask_whether_the_page_has_changed(server):
+    assert server.http.get("/").headers["cache-control"] == "no-cache"
+    file = server.http.get("/static/app.js")
+    again = server.http.get("/static/app.js", headers={"If-None-Match": file.headers["etag"]})
+    assert (file.status_code, again.status_code, again.content) == (200, 304, b"")
+    assert file.headers["cache-control"] == again.headers["cache-control"] == "no-cache"
 
 
 def test_health_and_models_and_metrics(server):

@@ -176,6 +176,7 @@ def test_instructions_and_items_become_the_conversation(server):
     ("options", "param"),
     [
         ({"input": []}, "input"),
+        ({"input": 5}, "input"),
         ({"input": [{"type": "alien"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "input"),

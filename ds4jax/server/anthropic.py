@@ -104,11 +104,8 @@ def _form(fields: Fields) -> Format:
 
 def _system(fields: Fields) -> Iterator[dict[str, Any]]:
     """The system message, without the client's billing header: it changes and would spoil the reuse of the prompt."""
-    system = fields.any("system")
-    if isinstance(system, str):
-        yield {"role": "system", "content": system}
-    elif system is not None:
-        parts = [_text_part(block) for block in fields.objects("system")]
+    if fields.has("system"):
+        parts = [_text_part(block) for block in _blocks(fields, "system")]
         kept = [part for part in parts if not part["text"].startswith("x-anthropic-")]
         yield {"role": "system", "content": kept}
 
@@ -117,15 +114,26 @@ def _conversation(fields: Fields) -> Iterator[dict[str, Any]]:
     """Messages in the shape of OpenAI's API."""
     messages = list(fields.objects("messages", required=True))
     for message in messages:
-        role = message.choice("role", ("user", "assistant", "system"))
-        if isinstance(message.any("content"), str) or role == "system":
-            blocks = [Fields({"type": "text", "text": message.any("content")}, message.path("content."))]
-        else:
-            blocks = list(message.objects("content", required=True))
-        if role == "assistant":
-            yield _assistant(blocks, prefix=message is messages[-1])
-        else:
-            yield from _user(blocks, role or "user")
+        blocks = _blocks(message, "content")
+        match message.any("role"):
+            case "assistant":
+                yield _assistant(blocks, prefix=message is messages[-1])
+            case "user":
+                yield from _user(blocks)
+            case "system":
+                yield {"role": "system", "content": [_text_part(block) for block in blocks]}
+            case _:
+                raise message.wrong("role", "one of user, assistant, system")
+
+
+def _blocks(fields: Fields, name: str) -> list[Fields]:
+    """The blocks of a content; a string is one of text."""
+    content = fields.any(name)
+    if isinstance(content, str):
+        return [Fields({"type": "text", "text": content}, fields.path(f"{name}."))]
+    if not isinstance(content, list):
+        raise fields.wrong(name, "a string or a list of blocks")
+    return list(fields.objects(name))
 
 
 def _assistant(blocks: list[Fields], prefix: bool) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def _assistant(blocks: list[Fields], prefix: bool) -> dict[str, Any]:
     return turn | ({"tool_calls": calls} if calls else {})
 
 
-def _user(blocks: list[Fields], role: str) -> Iterator[dict[str, Any]]:
+def _user(blocks: list[Fields]) -> Iterator[dict[str, Any]]:
     """A user's turn: the results of tools first, as the model knows them."""
     texts = []
     for block in blocks:
@@ -165,7 +173,7 @@ def _user(blocks: list[Fields], role: str) -> Iterator[dict[str, Any]]:
             case _:
                 raise block.wrong("type", "text or tool_result")
     if texts:
-        yield {"role": role, "content": texts}
+        yield {"role": "user", "content": texts}
 
 
 def _text_part(block: Fields) -> dict[str, Any]:

@@ -40,7 +40,9 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_PAGE_HEADERS = {"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"}
+# Browsers ask whether a file has changed; else a new version's page would run with the old one's scripts.
+_FRESH = {"Cache-Control": "no-cache"}
+_PAGE_HEADERS = {"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer", **_FRESH}
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -101,7 +103,7 @@ def build_app(service: Service, access: Access) -> Starlette:
 
     routes = [
         Route("/", page),
-        Mount("/static", StaticFiles(directory=files, check_dir=False)),
+        Mount("/static", PageFiles(directory=files, check_dir=False)),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
@@ -121,6 +123,16 @@ def build_app(service: Service, access: Access) -> Starlette:
         middleware.insert(0, allowed)
     handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_disconnect}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+
+
+class PageFiles(StaticFiles):
+    """The files of the chat page."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """A file, or that the browser's copy is good."""
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_FRESH)
+        return response
 
 
 class Guard:

@@ -63,9 +63,10 @@ class Fields:
         return self.values.get(name) is not None
 
     def wrong(self, name: str, expected: str) -> ApiError:
-        """The error for a field that is not what it should be."""
+        """The error for a field that is missing or not what it should be."""
         found = self.values.get(name)
         shown = f"{found!r}" if isinstance(found, bool | int | float) or _is_short(found) else _kind(found)
+        shown = shown if name in self.values else "missing"
         return ApiError(400, f"{self.path(name)} is {shown}, expected {expected}", param=self.path(name))
 
     def path(self, name: str) -> str:
@@ -148,8 +149,6 @@ class Fields:
         value = self.values.get(name)
         if value is None and not required:
             return None
-        if value is None and name not in self.values:
-            raise ApiError(400, f"{self.path(name)} is missing, expected {words}", param=self.path(name))
         if not isinstance(value, kind):
             raise self.wrong(name, words)
         return value

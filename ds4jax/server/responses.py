@@ -113,8 +113,10 @@ def _conversation(fields: Fields) -> Iterator[dict[str, Any]]:
     if isinstance(given, str):
         yield {"role": "user", "content": given}
         return
+    if not isinstance(given, list):
+        raise fields.wrong("input", "a string or a list")
     turns = _Turns()
-    for item in fields.objects("input", required=True):
+    for item in fields.objects("input"):
         turns.add(item)
     yield from turns.finish()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import logging
+import re
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from ds4jax.server.service import Defaults, Service
 log = logging.getLogger("ds4jax.server")
 
 CONTEXT = 32768  # where none is asked for
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+"  # as browsers send it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Settings:
         """Itself.
 
         Raises:
-            ConfigError: a value is out of range, or the address is open to others and there is no key.
+            ConfigError: a value is out of range or no origin, or the address is open to others and there is no key.
         """
         if self.key is None and not _is_loopback(self.host):
             raise ConfigError(
@@ -64,6 +66,9 @@ class Settings:
         for name, least in (("sessions", 1), ("queue", 0), ("most_bytes", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}, expected at least {least}")
+        for origin in self.cors:
+            if not re.fullmatch(_ORIGIN, origin):
+                raise ConfigError(f"cors = {origin!r}, expected * or https://SITE, in small letters, without a path")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port = {self.port}, expected 0 to {(1 << 16) - 1}")
         return self
