@@ -139,8 +139,8 @@ class Numerics:
         choosing how many tokens to draft: of the XLA references on a CPU. draft_cost_kernels: of kernels, whose rows
         share the reading of weights.
     impl: implementation of every operation in `OPS`: "xla" the reference, "pallas" its GPU kernel, "interpret" the
-        kernel run by Pallas's interpreter on any device, "auto" the kernel where there is one and JAX runs on a GPU,
-        otherwise the reference. A name is a demand.
+        kernel run by Pallas's interpreter on any device, "auto" the kernel where JAX runs on a GPU and there is one
+        that reads the weights' format, otherwise the reference. A name is a demand.
     xla: compiler options handed to `jax.jit` for every executable.
     """
 
