@@ -36,6 +36,8 @@ OPS = (
 )
 """Names of the operations whose implementation `Numerics.impl` chooses."""
 
+DRAFT_COSTS = ("draft_cost", "draft_cost_kernels")
+
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "interpret")
 
 CSA_RATIO = 4
@@ -133,11 +135,12 @@ class Numerics:
     precision: float dots in XLA, "highest" (float32) or "default" (TF32 on GPUs).
     accept: how drafts become tokens when sampling; "coupled" if they equal what is drawn without drafts, so that the
         text is the same, "rejection" with the probability that leaves the distribution the same.
-    draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts; measured, for choosing
-        how many tokens to draft.
+    draft_cost: time of a draft and of its row in the trunk, as a share of a step without drafts, measured, for
+        choosing how many tokens to draft: of the XLA references on a CPU. draft_cost_kernels: of kernels, whose rows
+        share the reading of weights.
     impl: implementation of every operation in `OPS`: "xla" the reference, "pallas" its GPU kernel, "interpret" the
-        kernel run by Pallas's interpreter on any device, "auto" the kernel where there is one and JAX runs on a GPU,
-        otherwise the reference. A name is a demand.
+        kernel run by Pallas's interpreter on any device, "auto" the kernel where JAX runs on a GPU and there is one
+        that reads the weights' format, otherwise the reference. A name is a demand.
     xla: compiler options handed to `jax.jit` for every executable.
     """
 
@@ -149,12 +152,14 @@ class Numerics:
     precision: str
     accept: str
     draft_cost: float
+    draft_cost_kernels: float
     impl: tuple[tuple[str, str], ...]
     xla: tuple[tuple[str, bool | int | str], ...]
 
     def __post_init__(self) -> None:
         _check_choices(vars(self))
-        _require(self.draft_cost > 0, f"draft_cost = {self.draft_cost}, expected above 0")
+        for name in DRAFT_COSTS:
+            _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}, expected above 0")
         names = [name for name, _ in self.impl]
         missing, unknown = sorted(set(OPS) - set(names)), sorted(set(names) - set(OPS))
         _require(
@@ -192,9 +197,10 @@ class Numerics:
             _require(isinstance(values[name], Mapping), f"{name} must be a table")
             values[name] = tuple(sorted(values[name].items()))
         _check_choices(values)
-        cost = values["draft_cost"]
-        _require(type(cost) in (int, float), f"draft_cost = {cost!r}, expected a number")
-        values["draft_cost"] = float(cost)
+        for name in DRAFT_COSTS:
+            cost = values[name]
+            _require(type(cost) in (int, float), f"{name} = {cost!r}, expected a number")
+            values[name] = float(cost)
         for name, option in values["xla"]:
             _require(
                 type(option) in (bool, int, str),

@@ -17,7 +17,7 @@ from ds4jax.config import ModelConfig, Numerics, check_simulation
 from ds4jax.decode.generate import Generate, Programs, build_generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.score import build_score
-from ds4jax.decode.speculation import Speculation
+from ds4jax.decode.speculation import Speculation, draft_cost
 from ds4jax.decode.state import Limits
 from ds4jax.decode.steps import SHARED_ROWS
 from ds4jax.engine_run import Answer, Result, Run
@@ -207,7 +207,7 @@ class Engine:
         """Programs for the limits, and the seconds that tracing and compiling took now."""
         if limits in self._programs:
             return self._programs[limits], (0.0, 0.0)
-        rows = max(limits.chunk, 1 + Speculation.of(self.speculative, self.numerics.draft_cost).drafts)
+        rows = max(limits.chunk, 1 + Speculation.of(self.speculative, draft_cost(self.numerics)).drafts)
         size = cache_nbytes(self.config, self.numerics, limits.batch, limits.context, rows)
         (device,) = jax.tree.leaves(self.params)[0].devices()
         check_device(device, 0, size)
@@ -258,7 +258,7 @@ def load(
         raise ConfigError(f"chunk = {chunk}, expected at least 1")
     if context is not None and not 2 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
-    speculation = Speculation.of(speculative, numerics.draft_cost).check(config)
+    speculation = Speculation.of(speculative, draft_cost(numerics)).check(config)
     rows = max(chunk, 1 + speculation.drafts)
     room = cache_nbytes(config, numerics, 1, context or min(SMALLEST_CONTEXT, config.max_position_embeddings), rows)
     params, census = load_params(main, second, config, progress=progress, cache_bytes=room)

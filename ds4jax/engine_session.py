@@ -15,7 +15,7 @@ import numpy as np
 from ds4jax.checkpoint_memory import check_device
 from ds4jax.decode.constrained import BIAS, build_alternatives, build_biased
 from ds4jax.decode.sampling import GREEDY, Sampling
-from ds4jax.decode.speculation import Speculation
+from ds4jax.decode.speculation import Speculation, draft_cost
 from ds4jax.decode.state import DecodeState, Generation, Limits
 from ds4jax.engine import Engine
 from ds4jax.errors import RequestError
@@ -103,7 +103,7 @@ class Sessions:
     def __init__(self, engine: Engine, count: int, context: int) -> None:
         config, numerics = engine.config, engine.numerics
         limits = Limits(1, context, context, min(engine.chunk, context), context=context)
-        drafts = Speculation.of(engine.speculative, numerics.draft_cost).drafts
+        drafts = Speculation.of(engine.speculative, draft_cost(numerics)).drafts
         rows = max(limits.chunk, 1 + drafts)
         (device,) = jax.tree.leaves(engine.params)[0].devices()
         check_device(device, 0, count * cache_nbytes(config, numerics, 1, context, rows))

@@ -29,6 +29,7 @@ EXACT = Numerics(
     precision="highest",
     accept="coupled",
     draft_cost=0.2,
+    draft_cost_kernels=0.2,
     impl=tuple((op, "xla") for op in OPS),
     xla=(("xla_allow_excess_precision", False),),
 )

@@ -2,37 +2,45 @@
 
 import functools
 
-import cases_glue as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ds4jax import ops
+from ds4jax.bench import cases_glue as cases
 from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.rope import rotate
 from ds4jax.pallas import KERNELS
 
-ROUTER = {"top_k": 4, "scale": 1.5, "precision": "highest"}
-EPS = cases.EPS
-
 SMALL = {
-    "norm": ("norm", {**EPS, "act": "q8"}, cases.norm(384)),
-    "norm of an odd width": ("norm", {**EPS, "act": "q8"}, cases.norm(40)),
-    "q_norm_rope": ("q_norm_rope", EPS, cases.heads(2, 192, 64)),
-    "kv_norm_rope": ("kv_norm_rope", {**EPS, "simulate": True}, cases.row(192, 64)),
-    "kv_norm_rope, no FP8": ("kv_norm_rope", {**EPS, "simulate": False}, cases.row(40, 16)),
-    "unrotate": ("unrotate", {"groups": 2, "act": "q8"}, cases.heads(4, 192, 64)),
-    "unrotate, heads within a block": ("unrotate", {"groups": 2, "act": "q8"}, cases.heads(8, 24, 8)),
-    "hyper_pre": ("hyper_pre", {**cases.HYPER, "iters": 20}, cases.mixed(4, 384, 24, 3)),
-    "hyper_pre, odd": ("hyper_pre", {**cases.HYPER, "iters": 3}, cases.mixed(3, 24, 15, 3)),
-    "hyper_pre, sum of squares": ("hyper_pre", {**cases.HYPER, "iters": 2}, cases.mixed(2, 1024, 8, 3, "one")),
-    "hyper_post": ("hyper_post", {}, cases.returned(4, 256)),
-    "hyper_head": ("hyper_head", cases.HYPER, cases.mixed(4, 512, 4, 1)),
-    "router": ("router", ROUTER, cases.routed(12, 1100, 4)),
-    "router, ties": ("router", ROUTER, cases.routed(16, 64, 4, "ties")),
-    "router, given ids": ("router", ROUTER, cases.routed(8, 64, 4, "given")),
+    "norm": cases.norm(384),
+    "norm of an odd width": cases.norm(40),
+    "q_norm_rope": cases.q_norm_rope(2, 192, 64),
+    "kv_norm_rope": cases.kv_norm_rope(192, 64),
+    "kv_norm_rope, no FP8": cases.kv_norm_rope(40, 16, simulate=False),
+    "unrotate": cases.unrotate(4, 192, 64, groups=2),
+    "unrotate, heads within a block": cases.unrotate(8, 24, 8, groups=2),
+    "hyper_pre": cases.hyper_pre(4, 384),
+    "hyper_pre, odd": cases.hyper_pre(3, 24, iters=3),
+    "hyper_pre, sum of squares": cases.hyper_pre(2, 1024, iters=2, kind="one"),
+    "hyper_post": cases.hyper_post(4, 256),
+    "hyper_head": cases.hyper_head(4, 512),
+    "router": cases.router(12, 1100, 4),
+    "router, ties": cases.router(16, 64, 4, "ties"),
+    "router, given ids": cases.router(8, 64, 4, "given"),
 }
+
+
+@functools.cache
+def maker(case):
+    return jax.jit(lambda key, other: (case.rows(key, 2), case.shared(other)))
+
+
+def made(case, seed):
+    """Arguments, drawn anew for every seed; and what the two functions below take besides."""
+    rows, shared = maker(case)(*jax.random.split(jax.random.key(seed)))
+    return rows, shared, {"op": case.op, "settings": tuple(case.settings.items())}
 
 
 @functools.partial(jax.jit, static_argnames=("op", "settings"))
@@ -58,19 +66,15 @@ def assert_equal(got, want):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_kernel_equals_reference(name):
-    op, settings, build = SMALL[name]
-    how = {"op": op, "settings": tuple(settings.items())}
     for seed in range(4):  # a sum in another order may round alike
-        rows, shared = build(np.random.default_rng(seed), 2)
+        rows, shared, how = made(SMALL[name], seed)
         assert_equal(kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how))
 
 
 @pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_pre", "router"])
 def test_rows_do_not_depend_on_their_number(name):
     """More rows than run unasked: every second one is absent, and its content does not matter."""
-    op, settings, build = SMALL[name]
-    how = {"op": op, "settings": tuple(settings.items())}
-    rows, shared = build(np.random.default_rng(1), 2)
+    rows, shared, how = made(SMALL[name], 1)
     padded = jax.tree.map(lambda a: jnp.full((10, *a.shape[1:]), jnp.nan, a.dtype).at[jnp.array([3, 9])].set(a), rows)
     live = jnp.zeros(10, bool).at[jnp.array([3, 9])].set(True)
     got = kernel(live, padded, shared, **how)
@@ -79,12 +83,8 @@ def test_rows_do_not_depend_on_their_number(name):
 
 def test_free_floats_stay_within_rounding():
     """The mix projection and the router add float products in an order of their own."""
-    for op, settings, build in (
-        ("hyper_pre", {**cases.HYPER, "iters": 20}, cases.mixed(4, 384, 24, 3, "free")),
-        ("router", ROUTER, cases.routed(12, 1100, 4, "free")),
-    ):
-        how = {"op": op, "settings": tuple(settings.items())}
-        rows, shared = build(np.random.default_rng(2), 2)
+    for case in (cases.hyper_pre(4, 384, kind="free"), cases.router(12, 1100, 4, "free")):
+        rows, shared, how = made(case, 2)
         got, want = kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how)
         for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             scale = np.abs(np.asarray(right)).max()
@@ -93,11 +93,10 @@ def test_free_floats_stay_within_rounding():
 
 def test_fused_rotation_equals_norm_to_memory_and_then_rotation():
     """And the comparison is sharp: with one rounding less (a contracted multiply-add) it would fail."""
-    op, settings, build = SMALL["q_norm_rope"]
-    rows, shared = build(np.random.default_rng(3), 2)
-    fused = np.asarray(kernel(jnp.ones(2, bool), rows, shared, op=op, settings=tuple(settings.items())))
+    rows, shared, how = made(SMALL["q_norm_rope"], 3)
+    fused = np.asarray(kernel(jnp.ones(2, bool), rows, shared, **how))
     q, cos, sin = rows
-    normed = jax.block_until_ready(jax.jit(rms_norm, static_argnums=(1, 2))(q, None, settings["eps"]))
+    normed = jax.block_until_ready(jax.jit(rms_norm, static_argnums=(1, 2))(q, None, cases.EPS))
     np.testing.assert_array_equal(fused, np.asarray(jax.jit(rotate)(normed, cos, sin)))
     tail = np.asarray(normed)[..., -64:]
     a, b = tail[..., ::2], tail[..., 1::2]

@@ -12,7 +12,7 @@ from speculating import CONFIG, LIMITS, PROMPT, QUICK, plain, planned, program, 
 
 from ds4jax.decode.generate import build_generate
 from ds4jax.decode.sampling import GREEDY
-from ds4jax.decode.speculation import HOPE, MEMORY, Speculation
+from ds4jax.decode.speculation import HOPE, MEMORY, Speculation, draft_cost
 from ds4jax.decode.state import Generation
 from ds4jax.errors import ConfigError
 from ds4jax.runconfig import load_numerics
@@ -97,11 +97,17 @@ def test_a_sequence_that_accepts_nothing_hardly_drafts_and_one_that_accepts_some
 @pytest.mark.parametrize("preset", ["strict", "perf"])
 def test_the_presets_draft_nothing_of_themselves(preset):
     """On a CPU a draft takes the time of a token: nothing is gained even where every draft is right."""
-    rule = Speculation.of("auto", load_numerics(preset).draft_cost)
+    rule = Speculation.of("auto", draft_cost(load_numerics(preset)))
     acceptance = jnp.ones((1, 4), jnp.float32)
     for _ in range(3):
         assert int(rule.depth(acceptance)[0]) == 0
         acceptance = rule.learn(acceptance, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+
+
+def test_kernels_have_a_draft_cost_of_their_own():
+    numerics = load_numerics("strict")
+    kernels = numerics.replace(impl=tuple((op, "pallas") for op, _ in numerics.impl))
+    assert draft_cost(kernels) == numerics.draft_cost_kernels < draft_cost(numerics) == numerics.draft_cost
 
 
 @pytest.mark.parametrize("wrong", ["on", "5", 5, -1, "auto "])

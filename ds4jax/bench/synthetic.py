@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ds4jax.bench.cases import floats, quantised, random_words
+from ds4jax.bench.case import floats, quantised, random_words
 from ds4jax.checkpoint_table import Slot, trunk_slots
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.errors import ConfigError

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.decode.generate import Generate
-from ds4jax.decode.speculation import Speculation
+from ds4jax.decode.speculation import Speculation, draft_cost
 from ds4jax.decode.state import Limits
 from ds4jax.model.transformer import DeepSeekV4
 
@@ -44,7 +44,7 @@ def build_biased(
 
     Drafts are made without it: what the bias changes costs drafts, but every token is chosen under it.
     """
-    return Generate(Biased(config, numerics), limits, Speculation.of(speculative, numerics.draft_cost))
+    return Generate(Biased(config, numerics), limits, Speculation.of(speculative, draft_cost(numerics)))
 
 
 @functools.cache

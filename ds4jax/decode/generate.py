@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.decode.sampling import GREEDY, Sampling
-from ds4jax.decode.speculation import PLAIN, Speculation
+from ds4jax.decode.speculation import PLAIN, Speculation, draft_cost
 from ds4jax.decode.state import DecodeState, Generation, Limits, Request
 from ds4jax.decode.steps import Steps
 from ds4jax.errors import RequestError
@@ -220,12 +220,12 @@ def build_generate(
 
     Args:
         speculative: "off", the number of tokens that every step drafts with the model's MTP block, or "auto": as many
-            as are worth their time by `numerics.draft_cost`.
+            as are worth their time by the numerics' cost of a draft.
 
     Raises:
         ConfigError: one of these is out of range, or the model has no MTP block to draft with.
     """
-    return Generate(DeepSeekV4(config, numerics), limits, Speculation.of(speculative, numerics.draft_cost))
+    return Generate(DeepSeekV4(config, numerics), limits, Speculation.of(speculative, draft_cost(numerics)))
 
 
 def _keys(key: Any, batch: int) -> jax.Array:

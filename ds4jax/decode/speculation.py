@@ -7,12 +7,19 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.config import ModelConfig
+from ds4jax.config import ModelConfig, Numerics
 from ds4jax.errors import ConfigError
+from ds4jax.ops import implementation
 
 MOST_DRAFTS = 4
 MEMORY = 1 / 16  # weight of the newest outcome in the estimates
 HOPE = 1 / 1024  # share of the way to certainty that an estimate goes in a step which tells nothing about it
+
+
+def draft_cost(numerics: Numerics) -> float:
+    """Time of a draft and of its row, as a share of a step without drafts, for the implementations in use."""
+    kernels = implementation(numerics, "linear") != "xla"
+    return numerics.draft_cost_kernels if kernels else numerics.draft_cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,12 @@ def implementation(num: Numerics, name: str) -> str:
     return chosen
 
 
+def _choose(num: Numerics, name: str, shared: tuple[Any, ...]) -> str:
+    """`implementation`, but "auto" leaves weights in formats that no kernel reads to the reference."""
+    readable = num.implementation(name) != "auto" or pallas.reads(shared)
+    return implementation(num, name) if readable else "xla"
+
+
 def absent_rows_are_free(num: Numerics) -> bool:
     """Whether projections cost only the rows that exist: where they are taken one by one. A kernel computes all."""
     return num.rows == "loop" and implementation(num, "linear") == "xla"
@@ -75,7 +81,7 @@ def absent_rows_are_free(num: Numerics) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("name", "num", "settings"))
 def _run(name: str, num: Numerics, settings: tuple[tuple[str, Any], ...], live: Live, rows: Any, shared: Any) -> Any:
-    chosen = implementation(num, name)
+    chosen = _choose(num, name, shared)
     if chosen == "xla":
         return _reference(name, num, live, rows, shared, dict(settings))
     if name not in pallas.KERNELS:

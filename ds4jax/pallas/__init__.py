@@ -20,6 +20,14 @@ from ds4jax.pallas import quantise as _quantise
 from ds4jax.pallas import rope as _rope
 from ds4jax.pallas import router as _router
 from ds4jax.pallas import store as _store
+from ds4jax.pallas.formats import FORMATS
+from ds4jax.quants import QTensor
+
+
+def reads(weights: tuple[Any, ...]) -> bool:
+    """Whether the kernels read the formats of all quantised weights among some arguments."""
+    return all(w.format in FORMATS for w in weights if isinstance(w, QTensor))
+
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "embed": _embed.embed,

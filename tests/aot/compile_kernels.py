@@ -3,8 +3,8 @@
 Run by `tests/test_aot.py` in its own process, with the CUDA plug-in's packages on the path: the plug-in disturbs
 ordinary CPU runs.
 
-Usage: compile_kernels.py DUMP CASE..., with names of cases in `ds4jax.bench.cases` (projections and experts),
-`cases_glue` or `cases_attention`. If PTX is written to the folder DUMP, its fused multiply-adds are counted.
+Usage: compile_kernels.py DUMP CASE..., with names of cases in `ds4jax.bench.cases`. If PTX is written to the folder
+DUMP, its fused multiply-adds are counted.
 """
 
 import json
@@ -13,8 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-import cases_attention
-import cases_glue
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,17 +57,11 @@ def build(function, *args, donate=()):
 
 def build_case(name, rows):
     """Compiles an operation at a named shape."""
-    if name in CASES:
-        case, key = CASES[name], jax.random.key(0)
-        op, settings = case.op, case.settings
-        row_args = jax.eval_shape(lambda key: case.rows(key, rows), key)
-        shared = jax.eval_shape(case.shared, key)
-    else:
-        op, settings, made = {**cases_glue.FULL, **cases_attention.CASES}[name]
-        row_args, shared = made(np.random.default_rng(0), rows)
+    case, key = CASES[name], jax.random.key(0)
+    row_args, shared = jax.eval_shape(lambda key: (case.rows(key, rows), case.shared(key)), key)
 
     def call(mask, row_args, shared):
-        return ops.call(op, NUMERICS, Live.of(mask), row_args, shared, **settings)
+        return ops.call(case.op, NUMERICS, Live.of(mask), row_args, shared, **case.settings)
 
     return build(call, jax.ShapeDtypeStruct((rows,), jnp.bool_), row_args, shared)
 

@@ -5,8 +5,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases_glue import FULL
 
+from ds4jax.bench.cases_glue import GLUE
 from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.rope import rotate
 from ds4jax.pallas import rope
@@ -19,17 +19,17 @@ def contracted_turn(ptx, x, partner, cos, sin):
 
 def differences(rows: int = 3) -> tuple[int, int]:
     """Elements in which the fused kernel, and its contracted variant, differ from norm to memory and then rotation."""
-    _, settings, build = FULL["q_norm_rope"]
-    (q, cos, sin), _ = build(np.random.default_rng(0), rows)
+    case = GLUE["q_norm_rope"]
+    q, cos, sin = case.rows(jax.random.key(0), rows)
     live = jnp.ones(rows, bool)
 
     def fused(q, cos, sin):
-        return rope.q_norm_rope(live, q, cos, sin, interpret=False, **settings)
+        return rope.q_norm_rope(live, q, cos, sin, interpret=False, **case.settings)
 
     def contracted(q, cos, sin):
         with mock.patch.object(rope, "turn", contracted_turn):
             return fused(q, cos, sin)
 
-    normed = jax.block_until_ready(jax.jit(rms_norm, static_argnums=(1, 2))(q, None, settings["eps"]))
+    normed = jax.block_until_ready(jax.jit(rms_norm, static_argnums=(1, 2))(q, None, case.settings["eps"]))
     two_steps = np.asarray(jax.jit(rotate)(normed, cos, sin))
     return tuple(int((np.asarray(jax.jit(f)(q, cos, sin)) != two_steps).sum()) for f in (fused, contracted))

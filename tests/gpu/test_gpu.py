@@ -15,7 +15,7 @@ def test_checks(name):
     assert passed, detail
 
 
-@pytest.mark.parametrize("name", [*run.CASES, *run.cases_glue.FULL, *run.cases_attention.CASES])
+@pytest.mark.parametrize("name", run.CASES)
 def test_kernel(name):
     passed, detail = run.kernel(name, 8)
     assert passed, detail

@@ -1,0 +1,160 @@
+"""Operations between the projections: norms, rotations, hyper-connections, router.
+
+Inputs of float dots lie on a coarse grid on which these are exact in any order, so kernel and reference must agree bit
+for bit; the cases in `BOUNDS` draw them freely.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ds4jax.activation import Activation
+from ds4jax.bench.case import Case, choices
+from ds4jax.ops.rope import rope_table
+
+EPS = 1e-6
+FLOATS = {"eps": EPS, "hc_eps": EPS, "precision": "highest"}
+
+normal, split = jax.random.normal, jax.random.split
+
+
+def spread(key: Array, rows: int, *shape: int) -> Array:
+    """Rows of very different magnitude."""
+    k1, k2 = split(key)
+    scale = 10.0 ** jax.random.uniform(k1, (rows, *(1,) * len(shape)), minval=-3, maxval=3)
+    return normal(k2, (rows, *shape)) * scale
+
+
+def grid(key: Array, *shape: int, unit: float) -> Array:
+    """Small multiples of a power of two."""
+    return jax.random.randint(key, shape, -8, 9).astype(jnp.float32) * unit
+
+
+def angles(key: Array, rows: int, rotary: int) -> tuple[Array, Array]:
+    """Cosines and sines at positions up to a million."""
+    half = jnp.arange(rotary // 2, dtype=jnp.float32) / (rotary // 2)
+    return rope_table(jax.random.randint(key, (rows,), 0, 1 << 20), 10000.0**-half)
+
+
+def norm(width: int, act: str = "q8") -> Case:
+    """Weighted RMS norm of rows of `width` values."""
+    settings = {"eps": EPS, "act": act}
+    return Case("norm", settings, lambda key, t: (spread(key, t, width),), lambda key: (normal(key, (width,)),))
+
+
+def _rotated(key: Array, rows: int, rotary: int, *shape: int) -> tuple[Array, ...]:
+    k1, k2 = split(key)
+    return (spread(k1, rows, *shape), *angles(k2, rows, rotary))
+
+
+def q_norm_rope(heads: int, depth: int, rotary: int) -> Case:
+    """Query heads `[T, heads, depth]`."""
+    return Case("q_norm_rope", {"eps": EPS}, lambda key, t: _rotated(key, t, rotary, heads, depth), lambda key: ())
+
+
+def kv_norm_rope(depth: int, rotary: int, simulate: bool = True) -> Case:
+    """Key-value rows `[T, depth]`; `simulate` rounds to the FP8 grid."""
+    settings = {"eps": EPS, "simulate": simulate}
+    rows, shared = lambda key, t: _rotated(key, t, rotary, depth), lambda key: (normal(key, (depth,)),)
+    return Case("kv_norm_rope", settings, rows, shared)
+
+
+def unrotate(heads: int, depth: int, rotary: int, groups: int) -> Case:
+    """Attention output `[T, heads, depth]` on its way into the grouped projection."""
+    settings = {"groups": groups, "act": "q8"}
+    return Case("unrotate", settings, lambda key, t: _rotated(key, t, rotary, heads, depth), lambda key: ())
+
+
+def _mixed(op: str, settings: dict[str, Any], streams: int, depth: int, outputs: int, scales: int, kind: str) -> Case:
+    """kind: "grid"; "one": each output is one free value; "free"."""
+    width = streams * depth
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        if kind == "grid":
+            return (grid(key, t, streams, depth, unit=1 / 4),)
+        return (normal(key, (t, streams, depth)) * (3 if kind == "free" else 1),)
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        k1, k2, k3 = split(key, 3)
+        if kind == "grid":
+            fn = grid(k1, outputs, width, unit=1 / 512)
+        elif kind == "one":
+            place = jax.random.permutation(k1, width)[:outputs]
+            fn = (jnp.arange(width) == place[:, None]).astype(jnp.float32)
+        else:
+            fn = normal(k1, (outputs, width)) * width**-0.5
+        return fn.astype(jnp.float16), normal(k2, (scales,)), normal(k3, (outputs,))
+
+    return Case(op, settings, rows, shared)
+
+
+def hyper_pre(streams: int, depth: int, iters: int = 20, kind: str = "grid") -> Case:
+    """Mixing of `[T, streams, depth]`; see `_mixed` for `kind`."""
+    return _mixed("hyper_pre", {**FLOATS, "iters": iters}, streams, depth, (2 + streams) * streams, 3, kind)
+
+
+def hyper_head(streams: int, depth: int) -> Case:
+    """Collapse of the streams before the final norm."""
+    return _mixed("hyper_head", FLOATS, streams, depth, streams, 1, "grid")
+
+
+def hyper_post(streams: int, depth: int) -> Case:
+    """Streams after a sub-layer."""
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        shapes = (t, depth), (t, streams, depth), (t, streams), (t, streams, streams)
+        return tuple(normal(k, shape) for k, shape in zip(split(key, 4), shapes, strict=True))
+
+    return Case("hyper_post", {}, rows, lambda key: ())
+
+
+def router(experts: int, depth: int, top_k: int, kind: str = "scores") -> Case:
+    """kind: "scores" with a bias; "ties", many equal ones; "given" ids; "free"."""
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        k1, k2 = split(key)
+        x = normal(k1, (t, depth)) if kind == "free" else grid(k1, t, depth, unit=1 / 4)
+        return Activation(x, None), choices(k2, t, experts, top_k) if kind == "given" else None
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        k1, k2 = split(key)
+        gate = grid(k1, experts, depth, unit=1 / 64)
+        bias: Array | None = normal(k2, (experts,)) / 8
+        if kind == "free":
+            gate = normal(k1, (experts, depth)) * depth**-0.5
+        elif kind == "ties":
+            number = jnp.arange(experts)
+            gate, bias = gate[number % 3], (number % 2).astype(jnp.float32)
+        elif kind == "given":
+            bias = None
+        return gate.astype(jnp.float16), bias
+
+    return Case("router", {"top_k": top_k, "scale": 1.5, "precision": "highest"}, rows, shared)
+
+
+GLUE: dict[str, Case] = {
+    "norm": norm(4096),
+    "norm of the query latent": norm(1024),
+    "norm, float activations": norm(4096, "f32"),
+    "q_norm_rope": q_norm_rope(64, 512, 64),
+    "kv_norm_rope": kv_norm_rope(512, 64),
+    "kv_norm_rope, no FP8": kv_norm_rope(512, 64, simulate=False),
+    "unrotate": unrotate(64, 512, 64, groups=8),
+    "hyper_pre": hyper_pre(4, 4096),
+    "hyper_pre, sum of squares": hyper_pre(4, 4096, kind="one"),
+    "hyper_pre, free": hyper_pre(4, 4096, kind="free"),
+    "hyper_post": hyper_post(4, 4096),
+    "hyper_head": hyper_head(4, 4096),
+    "router": router(256, 4096, 6),
+    "router, ties": router(256, 4096, 6, "ties"),
+    "router, given ids": router(256, 4096, 6, "given"),
+    "router, free": router(256, 4096, 6, "free"),
+}
+
+BOUNDS = {"hyper_pre, free": 2e-5, "router, free": 2e-5}
+"""Largest difference of float results, relative to the largest value, where the order of a float dot is open: a few
+roundings per level of a sum of up to 16384 products, amplified at most about tenfold by exponentials."""
