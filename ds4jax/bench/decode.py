@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -114,13 +115,16 @@ def measure(
     """
     capacity = max(contexts)
     cache = functools.partial(make_cache, config, numerics, capacity, max(rows))
+    prepared = []
     with ThreadPoolExecutor(len(rows)) as pool:
-        programs = [_prepare(config, numerics, params, cache, count, pool, say) for count in rows]
-    for count, (trace_seconds, compiling) in zip(rows, programs, strict=True):
-        try:
+        for count in rows:
+            with _telling(f"rows {count}", say):
+                prepared.append((count, *_prepare(config, numerics, params, cache, count, pool, say)))
+    for count, trace_seconds, compiling in prepared:
+        with _telling(f"rows {count}", say):
             program, compile_seconds = compiling.result()
-            yield from (
-                Step(
+            for context, milliseconds in _times(program, params, cache(), count, contexts, steps):
+                yield Step(
                     config.num_hidden_layers,
                     count,
                     context,
@@ -133,10 +137,16 @@ def measure(
                     compile_seconds,
                     peak_bytes(),
                 )
-                for context, milliseconds in _times(program, params, cache(), count, contexts, steps)
-            )
-        except Exception as error:  # a program that does not compile or run: the others may
-            say(f"rows {count}: failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+@contextlib.contextmanager
+def _telling(what: str, say: Say) -> Iterator[None]:
+    """A program that does not compile or run costs its own lines of the table, not the others."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        say(f"{what}: failed: {type(error).__name__}: {reason}")
 
 
 def _prepare(
