@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from ds4jax.bench.synthetic import at_length, make_cache, weight_bytes
 from ds4jax.config import ModelConfig, Numerics
-from ds4jax.errors import ConfigError
+from ds4jax.errors import ConfigError, DeviceError
 from ds4jax.model.cache import Cache, commit
 from ds4jax.model.transformer import DeepSeekV4
 
@@ -197,6 +197,8 @@ def _times(
 
     for context in contexts:
         run(context, 2)
+        if not bool(jnp.isfinite(state[1].layers[-1].raw).all()):
+            raise DeviceError(f"context {context}: the last layer's rows are not finite, so times mean nothing")
         # What a call costs beside its steps drops out of the difference.
         short, long = (min(run(context, count) for _ in range(REPEATS)) for count in (1, 1 + steps))
         yield context, (long - short) / steps * 1e3
