@@ -38,6 +38,7 @@ def test_kernels_and_decode_step(tmp_path):
     assert step["kernels"] > 20 * step["layers"]
     assert step["loops"] == 0, "a loop on the host's side of the step"
     assert step["cache_copies"] == []
+    assert step["outside_graph"] == []
 
 
 def test_strict_kernels_do_not_contract(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import ds4jax
-from ds4jax import cli, cli_load, engine
+from ds4jax import cli, cli_load, cli_serve, engine
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine_run import Stats
 from ds4jax.runconfig import RunConfig, load_numerics
@@ -159,7 +159,8 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
 
 
 def test_every_field_has_a_flag() -> None:
-    assert {field.name for field in dataclasses.fields(RunConfig)} <= set(inspect.signature(cli.generate).parameters)
+    flags = [set(inspect.signature(command).parameters) for command in (cli.generate, cli_serve.serve)]
+    assert {field.name for field in dataclasses.fields(RunConfig)} <= set.union(*flags)
 
 
 def test_generate_without_a_model_or_a_prompt(asked: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,7 +17,7 @@ from jaxtyping import Array, Int
 
 from ds4jax.bench.synthetic import at_length, make_cache, weight_bytes
 from ds4jax.config import ModelConfig, Numerics
-from ds4jax.errors import ConfigError
+from ds4jax.errors import ConfigError, DeviceError
 from ds4jax.model.cache import Cache, commit
 from ds4jax.model.transformer import DeepSeekV4
 
@@ -114,13 +115,16 @@ def measure(
     """
     capacity = max(contexts)
     cache = functools.partial(make_cache, config, numerics, capacity, max(rows))
+    prepared = []
     with ThreadPoolExecutor(len(rows)) as pool:
-        programs = [_prepare(config, numerics, params, cache, count, pool, say) for count in rows]
-    for count, (trace_seconds, compiling) in zip(rows, programs, strict=True):
-        try:
+        for count in rows:
+            with _telling(f"rows {count}", say):
+                prepared.append((count, *_prepare(config, numerics, params, cache, count, pool, say)))
+    for count, trace_seconds, compiling in prepared:
+        with _telling(f"rows {count}", say):
             program, compile_seconds = compiling.result()
-            yield from (
-                Step(
+            for context, milliseconds in _times(program, params, cache(), count, contexts, steps):
+                yield Step(
                     config.num_hidden_layers,
                     count,
                     context,
@@ -133,10 +137,16 @@ def measure(
                     compile_seconds,
                     peak_bytes(),
                 )
-                for context, milliseconds in _times(program, params, cache(), count, contexts, steps)
-            )
-        except Exception as error:  # a program that does not compile or run: the others may
-            say(f"rows {count}: failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+@contextlib.contextmanager
+def _telling(what: str, say: Say) -> Iterator[None]:
+    """A program that does not compile or run costs its own lines of the table, not the others."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        say(f"{what}: failed: {type(error).__name__}: {reason}")
 
 
 def _prepare(
@@ -187,6 +197,8 @@ def _times(
 
     for context in contexts:
         run(context, 2)
+        if not bool(jnp.isfinite(state[1].layers[-1].raw).all()):
+            raise DeviceError(f"context {context}: the last layer's rows are not finite, so times mean nothing")
         # What a call costs beside its steps drops out of the difference.
         short, long = (min(run(context, count) for _ in range(REPEATS)) for count in (1, 1 + steps))
         yield context, (long - short) / steps * 1e3

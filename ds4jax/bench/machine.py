@@ -33,7 +33,7 @@ class Machine:
             jax.local_devices()[0].device_kind,
             driver_version(_DRIVER),
             jax.__version__,
-            metadata.version("ds4jax"),
+            package_version(),
             f"{name} {config_hash(numerics)}",
         )
 
@@ -44,6 +44,14 @@ class Machine:
 def config_hash(config: Numerics | ModelConfig) -> str:
     """Eight hexadecimal digits that change with any field."""
     return hashlib.sha256(repr(config).encode()).hexdigest()[:8]
+
+
+def package_version() -> str:
+    """Version of ds4jax; "source" where it runs from its source tree without being installed."""
+    try:
+        return metadata.version("ds4jax")
+    except metadata.PackageNotFoundError:
+        return "source"
 
 
 def driver_version(file: Path) -> str:

@@ -97,12 +97,20 @@ def contractions(folder):
     return {path.name: len(re.findall(r"fma\.rn\S*\.f32", path.read_text())) for path in dumped}
 
 
+def outside_graph(dump):
+    """What the decode step runs outside of its command buffer (a CUDA graph): lines of the schedule's top level."""
+    (schedule,) = Path(dump).glob("*.jit_step.thunk_sequence_after_thunk_passes.txt")
+    top = [line for line in schedule.read_text().splitlines() if re.match(r"\d+:", line)]
+    graphs = [line for line in top if "kCommandBuffer" in line]
+    return [line for line in top if line not in graphs[:1]]
+
+
 def main(dump, *names):
     found = {"bytes": {name: build_case(name, 3).memory_analysis().temp_size_in_bytes for name in names}}
     if "--xla_dump_emitter_re" in os.environ["XLA_FLAGS"]:
         found["contractions"] = contractions(dump)
     else:
-        found["step"] = decode_step(2)
+        found["step"] = decode_step(2) | {"outside_graph": outside_graph(dump)}
     print(json.dumps(found))
 
 

@@ -166,9 +166,8 @@ def streams(drafts: list[str], tokens: int) -> tuple[bool, str]:
                     same = answers.setdefault((preset, kind, str(heat)), result.tokens) == result.tokens
                     good &= same or preset == "perf"
                     stats = result.stats
-                    line.append(
-                        f"{kind} T={heat} {stats.decode_rate:.0f} t/s, {stats.tokens_per_step:.2f} per step, {'same' if same else 'other'}"
-                    )
+                    rate = f"{stats.decode_rate:.0f} t/s, {stats.tokens_per_step:.2f} per step"
+                    line.append(f"{kind} T={heat} {rate}, {'same' if same else 'other'}")
             print(f"     {preset} drafts {draft}: {'; '.join(line)} [{time.perf_counter() - begun:.0f} s]", flush=True)
     return good, f"strict texts of {len(answers) // 2} requests are the same with drafts {', '.join(drafts)}: {good}"
 
