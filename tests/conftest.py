@@ -32,6 +32,14 @@ jax.tree_util.register_dataclass = _pytree_of_anything
 jaxtyping.install_import_hook("ds4jax", "beartype.beartype")
 
 
+SLOW = ("test_training", "test_demo", "test_strict", "test_speculation_demo", "test_speculation", "test_acceptance")
+"""Files that take minutes: they go first, or one process would still be at them when the other has nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope="session")
 def sessions() -> Any:
     """Programs of the demonstration model for sessions of 1024 tokens."""

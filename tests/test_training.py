@@ -25,8 +25,9 @@ def test_equals_inference(name, simulate):
     tokens = jnp.asarray(np.stack([model.ids, model.ids[::-1]]))
     run = module.apply(variables, tokens, method="sequence")
     got = module.apply(variables, run.streams, jnp.ones(tokens.shape, bool), method="logits")
-    np.testing.assert_allclose(got[0], inference.logits, atol=2e-5)  # float32 sums in another order
-    np.testing.assert_allclose(run.streams[0], inference.streams, atol=2e-5)
+    # Values up to 7 after sums in another order: a few units of float32's last place.
+    np.testing.assert_allclose(got[0], inference.logits, atol=5e-5)
+    np.testing.assert_allclose(run.streams[0], inference.streams, atol=5e-5)
     np.testing.assert_allclose(jnp.sum(run.load, axis=-1), 1.0, atol=1e-6)
 
 
