@@ -31,8 +31,9 @@ def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) ->
 
 
 def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool) -> tuple[Array, Array]:
-    """Cosine and signed sine for features `offset` of the rotated ones; negative offsets are not loaded."""
-    c, s = (load(table, row, offset >> 1, mask=offset >= 0) for table in (cos, sin))
+    """Cosine and signed sine for features `offset` of the rotated ones; nothing is loaded for others."""
+    rotated = (offset >= 0) & (offset < 2 * cos.shape[1])
+    c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
     first = (offset & 1) == (1 if inverse else 0)
     return c, jnp.where(first, -s, s)
 
