@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fp4 import fp4_round_trip, hadamard
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, split_f16, store
+from ds4jax.pallas.rope import angles, partner_of, turn
 
 KEYS = 128  # rows that a program scores
 CHUNK = 4096  # candidates of which a program selects the best
@@ -29,10 +30,9 @@ def _query(ptx: Instructions, live: Any, q: Any, cos: Any, sin: Any, out: Any, *
         place = jnp.arange(size, dtype=i32)
         inside, offset = place < width, place - tail
         rotated = inside & (offset >= 0)
-        c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
         y = load(q, row, head, place, mask=inside)
-        partner = load(q, row, head, place + 1 - 2 * (offset & 1), mask=rotated)
-        y = jnp.where(rotated, y * c + partner * jnp.where((offset & 1) == 0, -s, s), y)
+        partner = load(q, row, head, partner_of(place, offset), mask=rotated)
+        y = jnp.where(rotated, turn(ptx, y, partner, *angles(cos, sin, row, offset)), y)
         store(out, fp4_round_trip(ptx, hadamard(y)).astype(out.dtype) if simulate else y, row, head, place)
 
 

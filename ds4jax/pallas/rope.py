@@ -30,12 +30,17 @@ def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) ->
     return x * cos + partner * sin
 
 
-def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool) -> tuple[Array, Array]:
+def signed(sin: Array, offset: Array, inverse: bool = False) -> Array:
+    """The sine that a feature's partner is multiplied with."""
+    first = (offset & 1) == (1 if inverse else 0)
+    return jnp.where(first, -sin, sin)
+
+
+def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool = False) -> tuple[Array, Array]:
     """Cosine and signed sine for features `offset` of the rotated ones; nothing is loaded for others."""
     rotated = (offset >= 0) & (offset < 2 * cos.shape[1])
     c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
-    first = (offset & 1) == (1 if inverse else 0)
-    return c, jnp.where(first, -s, s)
+    return c, signed(s, offset, inverse)
 
 
 def partner_of(place: Array, offset: Array) -> Array:
@@ -73,7 +78,7 @@ def norm_rope(
                 return [load(x, row, place, mask=mask)] + ([] if weight is None else [load(weight, place, mask=mask)])
 
             own, other = factors(place, inside), factors(partner_of(place, offset), inside & (offset >= 0))
-            c, s = angles(cos, sin, row // heads, offset, inverse=False)
+            c, s = angles(cos, sin, row // heads, offset)
             scale = inverse_rms(ptx, x, row, eps)
             y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
             turned = turn(ptx, y, partner, c, s)
