@@ -90,7 +90,7 @@ def _finish(
         angle = (index * ratio).astype(f32) * load(frequencies, offset >> 1, mask=inside & rotated)
         y = normed(place, inside)
         partner = normed(partner_of(place, offset), inside & rotated)
-        turned = turn(ptx, y, partner, jnp.cos(angle), signed(jnp.sin(angle), offset))
+        turned = turn(y, partner, jnp.cos(angle), signed(jnp.sin(angle), offset))
         if simulate == "kv":
             y = fp8_round_trip(ptx, y)
         y = jnp.where(rotated, turned, y)

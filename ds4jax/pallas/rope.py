@@ -25,7 +25,7 @@ PART = 256  # features that a program of `unrotate` takes
 HEAD_PART = 128  # features that a program of `q_norm_rope` takes
 
 
-def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) -> Array:
+def turn(x: Array, partner: Array, cos: Array, sin: Array) -> Array:
     """Rotated features."""
     return x * cos + partner * sin
 
@@ -81,7 +81,7 @@ def norm_rope(
             c, s = angles(cos, sin, row // heads, offset)
             scale = inverse_rms(ptx, x, row, eps)
             y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
-            turned = turn(ptx, y, partner, c, s)
+            turned = turn(y, partner, c, s)
             y = jnp.where(offset >= 0, turned, fp8_round_trip(ptx, y) if simulate else y)
             store(out, y, row, place, mask=inside)
 
@@ -144,7 +144,7 @@ def unrotate(live: Array, o: Array, cos: Array, sin: Array, *, groups: int, act:
             offset = lax.rem(place, jnp.full(size, depth, i32)) - tail
             y = load(o, group, place)
             partner = load(o, group, partner_of(place, offset), mask=offset >= 0)
-            y = jnp.where(offset >= 0, turn(ptx, y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
+            y = jnp.where(offset >= 0, turn(y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
             store(out, y, group, place)
             if codes:
                 store_q8(ptx, codes[0], codes[1], y, group, part * (size // 32))
