@@ -22,6 +22,7 @@ def best(ranked: Array, experts: int, top_k: int) -> list[Array]:
     lane, places = jnp.arange(ranked.shape[0], dtype=i32), []
     for _ in range(top_k):
         place = jnp.min(jnp.where(ranked == jnp.max(ranked), lane, experts - 1))  # not a number equals nothing
+        place = jnp.minimum(place, experts - 1)  # and a maximum may pass over it, down to lanes without an expert
         ranked = jnp.where(lane == place, -jnp.inf, ranked)
         places.append(place)
     return places
