@@ -81,14 +81,14 @@ def _finish(
     def _() -> None:
         scale = inverse_rms(ptx, pooled, row, eps)
 
-        def normed(place: Array, mask: Array) -> Array:
+        def normed(place: Array, mask: Array | None) -> Array:
             return load(pooled, row, place, mask=mask) * scale * load(norm, place, mask=mask)
 
         place = part * size + jnp.arange(size, dtype=i32)
         inside, offset = place < width, place - tail
         rotated = offset >= 0
         angle = (index * ratio).astype(f32) * load(frequencies, offset >> 1, mask=inside & rotated)
-        y = normed(place, inside)
+        y = normed(place, None if width % size == 0 else inside)
         partner = normed(partner_of(place, offset), inside & rotated)
         turned = turn(y, partner, jnp.cos(angle), signed(jnp.sin(angle), offset))
         if simulate == "kv":
