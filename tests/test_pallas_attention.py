@@ -154,12 +154,13 @@ def test_selection(simulate, dtype):
         np.testing.assert_array_equal(none[LIVE], n)
 
 
-@pytest.mark.parametrize("distinct", [1, 40, 10**6])
-def test_tournament_of_scores(distinct, monkeypatch):
-    """Three levels; few distinct scores, of both signs and zeros of both, against a stable sort."""
+@pytest.mark.parametrize("distinct, top_k", [(1, 20), (40, 20), (10**6, 20), (40, 60)])
+def test_tournament_of_scores(distinct, top_k, monkeypatch):
+    """Several levels; few distinct scores, of both signs and zeros of both, against a stable sort; lists that fill a
+    chunk."""
     monkeypatch.setattr(indexer_kernels, "CHUNK", 64)
     rng = np.random.default_rng(distinct)
-    n, top_k, visible = 1000, 20, np.array([1000, 19, 4, 777])
+    n, visible = 1000, np.array([1000, 19, 4, 777])
     scores = (rng.integers(0, distinct, (4, n)) - distinct // 2).astype(np.float32) * np.float32(1e-3)
     scores = np.where(rng.random((4, n)) < 0.5, -scores, scores)
     run = jax.jit(functools.partial(indexer_kernels.select, top_k=top_k, interpret=True))

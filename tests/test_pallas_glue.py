@@ -29,6 +29,8 @@ SMALL = {
     "router": cases.router(12, 1100, 4),
     "router, ties": cases.router(16, 64, 4, "ties"),
     "router, given ids": cases.router(8, 64, 4, "given"),
+    "embed": cases.embed(50, 24),
+    "rope_table": cases.rope_table(24),
 }
 
 

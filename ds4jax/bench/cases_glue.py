@@ -14,7 +14,7 @@ from jax import Array
 
 from ds4jax.activation import Activation
 from ds4jax.bench.case import Case, choices
-from ds4jax.ops.rope import rope_table
+from ds4jax.ops import rope
 
 EPS = 1e-6
 FLOATS = {"eps": EPS, "hc_eps": EPS, "precision": "highest"}
@@ -37,7 +37,7 @@ def grid(key: Array, *shape: int, unit: float) -> Array:
 def angles(key: Array, rows: int, rotary: int) -> tuple[Array, Array]:
     """Cosines and sines at positions up to a million."""
     half = jnp.arange(rotary // 2, dtype=jnp.float32) / (rotary // 2)
-    return rope_table(jax.random.randint(key, (rows,), 0, 1 << 20), 10000.0**-half)
+    return rope.rope_table(jax.random.randint(key, (rows,), 0, 1 << 20), 10000.0**-half)
 
 
 def norm(width: int, act: str = "q8") -> Case:
@@ -136,7 +136,30 @@ def router(experts: int, depth: int, top_k: int, kind: str = "scores") -> Case:
     return Case("router", {"top_k": top_k, "scale": 1.5, "precision": "highest"}, rows, shared)
 
 
+def embed(vocabulary: int, width: int) -> Case:
+    """Rows of a float16 table."""
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return (jax.random.randint(key, (t,), 0, vocabulary),)
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        return (normal(key, (vocabulary, width)).astype(jnp.float16),)
+
+    return Case("embed", {}, rows, shared, lambda t: t * width * 2)
+
+
+def rope_table(rotary: int) -> Case:
+    """Angles at positions up to a million."""
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return (jax.random.randint(key, (t,), 0, 1 << 20),)
+
+    return Case("rope_table", {}, rows, lambda key: (jnp.geomspace(1, 1e-5, rotary // 2, dtype=jnp.float32),))
+
+
 GLUE: dict[str, Case] = {
+    "embed": embed(129280, 4096),
+    "rope_table": rope_table(64),
     "norm": norm(4096),
     "norm of the query latent": norm(1024),
     "norm, float activations": norm(4096, "f32"),

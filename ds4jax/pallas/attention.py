@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.ptx import Instructions, dot_split, f32, i32, launch, load, next_power, store
+from ds4jax.pallas.rows import part_size
 
 # Part of the definition of the result.
 HEADS = 16  # of a program: the fewest that tensor cores take
@@ -22,10 +23,6 @@ SELECTED_PART = 64  # keys of a part: many small ones where there are few keys
 VISIBLE_PART = 128
 FEATURES = 128  # of a step
 STEP = 16  # parts that the combination takes at once
-
-
-def _largest_power(size: int, most: int) -> int:
-    return min(size & -size, most)
 
 
 def _parts(
@@ -50,7 +47,7 @@ def _parts(
     """One part of the keys of one row for a tile of heads: highest score, sum of exponentials, weighted values."""
     tile, split, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, d = q.shape[1:]
-    chunk = _largest_power(d, FEATURES)
+    chunk = part_size(d, FEATURES)
     head = tile * HEADS + jnp.arange(HEADS, dtype=i32)
     within = head < heads
     offset = jnp.arange(part, dtype=i32)
@@ -200,7 +197,7 @@ def attention(
         warps=part // 16,
         interpret=interpret,
     )
-    chunk = _largest_power(d, FEATURES)
+    chunk = part_size(d, FEATURES)
 
     def combine(ptx: Instructions, *refs: Any) -> None:
         _combine(ptx, *refs, part=part, near=near, chunk=chunk)

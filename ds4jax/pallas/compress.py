@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.config import CSA_RATIO
 from ds4jax.pallas.fp4 import fp4_round_trip, hadamard
+from ds4jax.pallas.norm import inverse_rms
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
+from ds4jax.pallas.rope import partner_of, signed, turn
 from ds4jax.pallas.simulate import FP8_BLOCK, fp8_round_trip
 
-LANES = 128  # running sums of `ops.sums.ordered_sum`
-TILE = 2048  # candidates, at most `LANES`, times features of a program that pools
+TILE = 2048  # candidates, at most 128, times features of a program that pools
 
 
 def _pool(
@@ -74,30 +75,22 @@ def _finish(
     """`size` features of a row; every program adds up the squares of the whole row."""
     row, part = pl.program_id(0), pl.program_id(1)
     width, tail = pooled.shape[1], pooled.shape[1] - 2 * frequencies.shape[0]
-    lanes = min(LANES, next_power(width))
     exists, index = live[row], window[row]
 
     @pl.when(exists != 0)
     def _() -> None:
-        total = jnp.zeros(lanes, f32)
-        for start in range(0, width, lanes):
-            place = start + jnp.arange(lanes, dtype=i32)
-            v = load(pooled, row, place, mask=place < width)
-            total = total + v * v
-        scale = lax.rsqrt(ptx.tree_sum(total) * jnp.float32(1 / width) + jnp.float32(eps))
+        scale = inverse_rms(ptx, pooled, row, eps)
 
-        def normed(place: Array, mask: Array) -> Array:
+        def normed(place: Array, mask: Array | None) -> Array:
             return load(pooled, row, place, mask=mask) * scale * load(norm, place, mask=mask)
 
         place = part * size + jnp.arange(size, dtype=i32)
         inside, offset = place < width, place - tail
         rotated = offset >= 0
         angle = (index * ratio).astype(f32) * load(frequencies, offset >> 1, mask=inside & rotated)
-        sin = jnp.where((offset & 1) == 0, -jnp.sin(angle), jnp.sin(angle))
-        y = normed(place, inside)
-        # The other feature of the pair is loaded once more, so nothing moves between lanes.
-        partner = normed(place + 1 - 2 * (offset & 1), inside & rotated)
-        turned = y * jnp.cos(angle) + partner * sin
+        y = normed(place, None if width % size == 0 else inside)
+        partner = normed(partner_of(place, offset), inside & rotated)
+        turned = turn(y, partner, jnp.cos(angle), signed(jnp.sin(angle), offset))
         if simulate == "kv":
             y = fp8_round_trip(ptx, y)
         y = jnp.where(rotated, turned, y)

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load
-from ds4jax.pallas.rows import ROWS, power_of_two
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power
+from ds4jax.pallas.rows import LANES, ROWS
 
 PART = 1024  # columns that a program adds up (`ops.sums.parted_sum`)
-LANES = 128  # its running sums
 
 
 def partial_dots(live: Array, x: Array, w: Array, *, squares: bool, name: str, interpret: bool) -> Array:
@@ -25,7 +24,7 @@ def partial_dots(live: Array, x: Array, w: Array, *, squares: bool, name: str, i
     (total, width), outputs = x.shape, w.shape[0]
     rows = min(total, ROWS)
     tiles, parts = -(-total // rows), -(-width // PART)
-    lanes = min(LANES, power_of_two(width))
+    lanes = min(LANES, next_power(width))
     ragged = width % (PART if parts > 1 else lanes) != 0
     mask = jnp.pad(live.astype(i32), (0, tiles * rows - total))
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.errors import ConfigError
-from ds4jax.pallas.ptx import Instructions, f32, i32, load
+from ds4jax.pallas.ptx import Instructions, f32, i32, load, next_power
 from ds4jax.quants import QTensor, iq2_xxs_levels
 
 Term = Callable[[Any, Any], Array]
@@ -218,5 +218,5 @@ def steps(format: str, width: int) -> list[Lanes]:
     """The steps along a row of `width` values."""
     kind = FORMATS[format]
     terms = width // kind.values
-    count = min(kind.lanes, 1 << max(terms - 1, 0).bit_length())
+    count = min(kind.lanes, next_power(terms))
     return [Lanes(start, count, terms) for start in range(0, terms, count)]

@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.dots import partial_dots
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
-from ds4jax.pallas.rows import add_in_tree, part_size, pick, power_of_two, when_live
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
+from ds4jax.pallas.rows import add_in_tree, part_size, pick, when_live
 
 PART = 256  # features that a program collapses
 POST_PART = 128  # features that a program of `hyper_post` returns to the streams
@@ -53,7 +53,7 @@ def sinkhorn(ptx: Instructions, logits: Matrix, iters: int, eps: float) -> Matri
 
 def mix(ptx: Instructions, parts: Any, row: Any, outputs: int, width: int, eps: float) -> Array:
     """Projections of a row's normalised streams, from the partial sums of `partial_dots` with squares."""
-    lane = jnp.arange(power_of_two(outputs + 1), dtype=i32)
+    lane = jnp.arange(next_power(outputs + 1), dtype=i32)
     total = add_in_tree([load(parts, row, part, lane, mask=lane <= outputs) for part in range(parts.shape[1])])
     return total * lax.rsqrt(pick(total, outputs) * jnp.float32(1 / width) + jnp.float32(eps))
 
@@ -86,7 +86,7 @@ def hyper_pre(
 
         @when_live(live, row)
         def _() -> None:
-            lane = jnp.arange(power_of_two(outputs + 1), dtype=i32)
+            lane = jnp.arange(next_power(outputs + 1), dtype=i32)
 
             def logits() -> Array:
                 kind = jnp.where(lane < h, 0, jnp.where(lane < 2 * h, 1, 2))
@@ -105,7 +105,7 @@ def hyper_pre(
                 values = logits()
                 store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
                 # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
-                tile = (max(32, power_of_two(h * h)),)
+                tile = (max(32, next_power(h * h)),)
                 start = [jnp.broadcast_to(pick(values, 2 * h + index), tile) for index in range(h * h)]
                 rows_of = [start[index : index + h] for index in range(0, h * h, h)]
                 result, place = jnp.zeros(tile, f32), jnp.arange(tile[0], dtype=i32)
@@ -142,7 +142,7 @@ def hyper_head(
 
         @when_live(live, row)
         def _() -> None:
-            lane, place = jnp.arange(power_of_two(h + 1), dtype=i32), pl.ds(part * size, size)
+            lane, place = jnp.arange(next_power(h + 1), dtype=i32), pl.ds(part * size, size)
             streams, offset = [load(x, row, stream, place) for stream in range(h)], load(base, lane, mask=lane < h)
             gates = sigmoid(mix(ptx, parts, row, h, h * depth, eps) * scale[0] + offset)
             weights = [pick(gates, stream) + jnp.float32(hc_eps) for stream in range(h)]

@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fp4 import fp4_round_trip, hadamard
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, split_f16, store
+from ds4jax.pallas.rope import angles, partner_of, turn
 
 KEYS = 128  # rows that a program scores
-CHUNK = 4096  # candidates of which a program selects the best
+CHUNK = 4096  # candidates of which a program selects the best, unless they are fewer than two lists
 LOWEST = -(2**31)  # below the key of every score
 
 
@@ -29,10 +30,9 @@ def _query(ptx: Instructions, live: Any, q: Any, cos: Any, sin: Any, out: Any, *
         place = jnp.arange(size, dtype=i32)
         inside, offset = place < width, place - tail
         rotated = inside & (offset >= 0)
-        c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
         y = load(q, row, head, place, mask=inside)
-        partner = load(q, row, head, place + 1 - 2 * (offset & 1), mask=rotated)
-        y = jnp.where(rotated, y * c + partner * jnp.where((offset & 1) == 0, -s, s), y)
+        partner = load(q, row, head, partner_of(place, offset), mask=rotated)
+        y = jnp.where(rotated, turn(y, partner, *angles(cos, sin, row, offset)), y)
         store(out, fp4_round_trip(ptx, hadamard(y)).astype(out.dtype) if simulate else y, row, head, place)
 
 
@@ -83,22 +83,23 @@ def _select(
     best_scores: Any,
     *,
     level: int,
+    chunk: int,
     size: int,
     top_k: int,
     empty: int,
 ) -> None:
-    """The `top_k` best of a chunk in ascending order, the lower index first among equal scores.
+    """The `top_k` best of a `chunk` in ascending order, the lower index first among equal scores.
 
     The k-th largest key is found bit by bit, from the number of keys that are not below a candidate.
     """
     part, row = pl.program_id(0), pl.program_id(1)
     exists, length = live[row], visible[row]
     for _level in range(level):
-        length = (length + CHUNK - 1) // CHUNK * top_k
+        length = (length + chunk - 1) // chunk * top_k
 
-    @pl.when((exists != 0) & ((part == 0) | (part * CHUNK < length)))
+    @pl.when((exists != 0) & ((part == 0) | (part * chunk < length)))
     def _() -> None:
-        at = part * CHUNK + jnp.arange(size, dtype=i32)
+        at = part * chunk + jnp.arange(size, dtype=i32)
         valid = at < length
         index = at
         if ids is not None:
@@ -135,11 +136,13 @@ def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret:
 
     A tournament: the best of every chunk of `CHUNK` candidates, then the best of those, until one chunk is left.
     """
+    chunk = max(CHUNK, next_power(2 * top_k))  # a round at least halves the candidates
     total, n = scores.shape
     ids, length, level = None, n, 0
     while True:
-        parts = -(-length // CHUNK)
-        settings = {"level": level, "size": min(CHUNK, next_power(length)), "top_k": top_k, "empty": n}
+        parts = -(-length // chunk)
+        size = min(chunk, next_power(length))
+        settings = {"level": level, "chunk": chunk, "size": size, "top_k": top_k, "empty": n}
         slots = (total, parts * top_k)
         shapes = (jax.ShapeDtypeStruct(slots, i32), jax.ShapeDtypeStruct(slots, f32))
 

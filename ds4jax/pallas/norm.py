@@ -12,18 +12,17 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Q8, Activation
 from ds4jax.pallas.formats import Lanes
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
 from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import part_size, power_of_two, when_live
+from ds4jax.pallas.rows import LANES, part_size, when_live
 
-LANES = 128  # running sums of `ops.sums.ordered_sum`
 PART = 256  # values that a program writes
 
 
 def inverse_rms(ptx: Instructions, x: Any, row: Any, eps: float) -> Array:
     """`rsqrt(mean(x^2) + eps)` of one row of `x [M, K]`, with the sum of `ops.norm.rms_norm`."""
     width = x.shape[1]
-    lanes = min(LANES, power_of_two(width))
+    lanes = min(LANES, next_power(width))
     steps = [Lanes(start, lanes, width).load(x, row) for start in range(0, width, lanes)]
     total = functools.reduce(jnp.add, [v * v for v in steps])
     return lax.rsqrt(ptx.tree_sum(total) * jnp.float32(1 / width) + jnp.float32(eps))

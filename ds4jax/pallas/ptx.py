@@ -55,22 +55,18 @@ class Instructions(abc.ABC):
     def reciprocal(self, x: Array) -> Array:
         """`1 / x` of normal numbers, f32, in one instruction (approximate on a GPU, by at most 1 ulp, as XLA's)."""
 
-    @abc.abstractmethod
-    def fma(self, a: Array, b: Array, c: Array) -> Array:
-        """`a * b + c` with one rounding, f32."""
-
 
 class Native(Instructions):
     """PTX."""
 
     def dp4a(self, a: Array, b: Array, c: Array) -> Array:
-        return _asm("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", (a, b, c), i32)
+        return asm("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", (a, b, c), i32)
 
     def permute(self, low: int, high: int, selector: Array) -> Array:
-        return _asm(f"prmt.b32 $0, 0x{low:08X}, 0x{high:08X}, $1;", "=r,r", (selector,), i32)
+        return asm(f"prmt.b32 $0, 0x{low:08X}, 0x{high:08X}, $1;", "=r,r", (selector,), i32)
 
     def rint(self, x: Array) -> Array:
-        return _asm("cvt.rni.s32.f32 $0, $1;", "=r,f", (x,), i32)
+        return asm("cvt.rni.s32.f32 $0, $1;", "=r,f", (x,), i32)
 
     def add_neighbours(self, x: Array) -> Array:
         # Two at a time, which leaves the compiler no order to choose.
@@ -80,10 +76,7 @@ class Native(Instructions):
         return a / b
 
     def reciprocal(self, x: Array) -> Array:
-        return _asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", (x,), f32)
-
-    def fma(self, a: Array, b: Array, c: Array) -> Array:
-        return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", (a, b, c), f32)
+        return asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", (x,), f32)
 
 
 class Emulated(Instructions):
@@ -118,12 +111,9 @@ class Emulated(Instructions):
     def reciprocal(self, x: Array) -> Array:
         return 1.0 / x
 
-    def fma(self, a: Array, b: Array, c: Array) -> Array:
-        # The product of two float32 is exact in twice the bits, which this mode does not have.
-        raise NotImplementedError("fused multiply-add is not emulated")
 
-
-def _asm(code: str, constraints: str, args: Sequence[Array], dtype: Any) -> Array:
+def asm(code: str, constraints: str, args: Sequence[Array], dtype: Any) -> Array:
+    """One PTX instruction on elements of arrays of one shape."""
     result = jax.ShapeDtypeStruct(args[0].shape, dtype)
     return plt.elementwise_inline_asm(
         code, args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[result]

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Q8, Q8K, Activation
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
+from ds4jax.pallas.rows import part_size
 
 PART = 1024  # values that a program takes; a part never splits a block
 
@@ -67,8 +68,7 @@ def _q8k_part(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any, sums:
 def act_q8(live: Array, x: Array, *, interpret: bool) -> Q8:
     """Kernel of `ops.quantise.act_q8` for rows `[T, K]`."""
     rows, width = x.shape
-    size = math.gcd(width, PART)
-    size = size if size & (size - 1) == 0 else size & -size
+    size = part_size(width, PART)
     shapes = [((rows, 8, width // 32), i32), ((rows, width // 32), f32)]
 
     def kernel(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any) -> None:

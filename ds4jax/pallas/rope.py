@@ -25,16 +25,22 @@ PART = 256  # features that a program of `unrotate` takes
 HEAD_PART = 128  # features that a program of `q_norm_rope` takes
 
 
-def turn(ptx: Instructions, x: Array, partner: Array, cos: Array, sin: Array) -> Array:
+def turn(x: Array, partner: Array, cos: Array, sin: Array) -> Array:
     """Rotated features."""
     return x * cos + partner * sin
 
 
-def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool) -> tuple[Array, Array]:
-    """Cosine and signed sine for features `offset` of the rotated ones; negative offsets are not loaded."""
-    c, s = (load(table, row, offset >> 1, mask=offset >= 0) for table in (cos, sin))
+def signed(sin: Array, offset: Array, inverse: bool = False) -> Array:
+    """The sine that a feature's partner is multiplied with."""
     first = (offset & 1) == (1 if inverse else 0)
-    return c, jnp.where(first, -s, s)
+    return jnp.where(first, -sin, sin)
+
+
+def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool = False) -> tuple[Array, Array]:
+    """Cosine and signed sine for features `offset` of the rotated ones; nothing is loaded for others."""
+    rotated = (offset >= 0) & (offset < 2 * cos.shape[1])
+    c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
+    return c, signed(s, offset, inverse)
 
 
 def partner_of(place: Array, offset: Array) -> Array:
@@ -72,10 +78,10 @@ def norm_rope(
                 return [load(x, row, place, mask=mask)] + ([] if weight is None else [load(weight, place, mask=mask)])
 
             own, other = factors(place, inside), factors(partner_of(place, offset), inside & (offset >= 0))
-            c, s = angles(cos, sin, row // heads, offset, inverse=False)
+            c, s = angles(cos, sin, row // heads, offset)
             scale = inverse_rms(ptx, x, row, eps)
             y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
-            turned = turn(ptx, y, partner, c, s)
+            turned = turn(y, partner, c, s)
             y = jnp.where(offset >= 0, turned, fp8_round_trip(ptx, y) if simulate else y)
             store(out, y, row, place, mask=inside)
 
@@ -138,7 +144,7 @@ def unrotate(live: Array, o: Array, cos: Array, sin: Array, *, groups: int, act:
             offset = lax.rem(place, jnp.full(size, depth, i32)) - tail
             y = load(o, group, place)
             partner = load(o, group, partner_of(place, offset), mask=offset >= 0)
-            y = jnp.where(offset >= 0, turn(ptx, y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
+            y = jnp.where(offset >= 0, turn(y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
             store(out, y, group, place)
             if codes:
                 store_q8(ptx, codes[0], codes[1], y, group, part * (size // 32))

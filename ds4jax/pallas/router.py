@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
 from ds4jax.pallas.dots import partial_dots
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load
-from ds4jax.pallas.rows import add_in_tree, pick, power_of_two, when_live
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power
+from ds4jax.pallas.rows import add_in_tree, pick, when_live
 
 MIN_WEIGHT_SUM = 2.0**-14  # `ops.moe.MIN_WEIGHT_SUM`
 
@@ -22,6 +22,7 @@ def best(ranked: Array, experts: int, top_k: int) -> list[Array]:
     lane, places = jnp.arange(ranked.shape[0], dtype=i32), []
     for _ in range(top_k):
         place = jnp.min(jnp.where(ranked == jnp.max(ranked), lane, experts - 1))  # not a number equals nothing
+        place = jnp.minimum(place, experts - 1)  # and a maximum may pass over it, down to lanes without an expert
         ranked = jnp.where(lane == place, -jnp.inf, ranked)
         places.append(place)
     return places
@@ -41,7 +42,7 @@ def route(
     """Kernel of `ops.moe.route`."""
     rows, experts = a.x.shape[0], gate.shape[0]
     parts = partial_dots(live, a.x, gate, squares=False, name="router_scores", interpret=interpret)
-    lanes = power_of_two(experts)
+    lanes = next_power(experts)
 
     def kernel(ptx: Instructions, live: Any, parts: Any, ids: Any, bias: Any, weights: Any, *chosen: Any) -> None:
         row = pl.program_id(0)

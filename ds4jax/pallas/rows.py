@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.ptx import i32
 
+LANES = 128  # running sums of `ops.sums.ordered_sum`
 ROWS = 8  # so many rows run whether they exist or not: in parallel they cost less than a branch on memory
 
 
@@ -28,11 +29,6 @@ def when_live(live: Any, row: Any) -> Callable[[Callable[[], None]], None]:
 def part_size(width: int, most: int) -> int:
     """Largest power of two up to `most` that divides a row into equal parts."""
     return min(width & -width, most)
-
-
-def power_of_two(count: int) -> int:
-    """Lanes for `count` values."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def pick(x: Array, place: Any) -> Array:

@@ -10,11 +10,12 @@ from ds4jax.bench.cases_glue import GLUE
 from ds4jax.ops.norm import rms_norm
 from ds4jax.ops.rope import rotate
 from ds4jax.pallas import rope
+from ds4jax.pallas.ptx import asm
 
 
-def contracted_turn(ptx, x, partner, cos, sin):
+def contracted_turn(x, partner, cos, sin):
     """`rope.turn` with one rounding less."""
-    return ptx.fma(partner, sin, x * cos)
+    return asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", (partner, sin, x * cos), jnp.float32)
 
 
 def differences(rows: int = 3) -> tuple[int, int]:
