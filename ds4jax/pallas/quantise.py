@@ -28,7 +28,8 @@ def store_q8(ptx: Instructions, word: Any, scale: Any, x: Array, row: Any, group
     v = x.reshape(-1, 32)
     d = ptx.divide(jnp.max(jnp.abs(v), axis=1), jnp.full(v.shape[0], 127.0, f32))
     inverse = jnp.where(d > 0, 1.0 / jnp.where(d > 0, d, 1.0), 0.0)
-    words = _pack(ptx.rint(v * inverse[:, None]).reshape(-1, 8, 4))
+    codes = jnp.clip(ptx.rint(v * inverse[:, None]), -128, 127)
+    words = _pack(codes.reshape(-1, 8, 4))
     groups = group + jnp.arange(v.shape[0], dtype=i32)
     store(scale, d, row, groups)
     store(word, words, row, jnp.arange(8, dtype=i32)[None], groups[:, None])
@@ -55,7 +56,7 @@ def _q8k_part(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any, sums:
         peak = jnp.sum(jnp.where(place == first, v, 0.0))
         nonzero = peak != 0
         inverse = jnp.where(nonzero, -127.0 / jnp.where(nonzero, peak, 1.0), 0.0)
-        codes = ptx.rint(inverse * v)
+        codes = jnp.clip(ptx.rint(inverse * v), -128, 127)
         word_place = jnp.arange(64, dtype=i32)
         half, quarter, i = word_place >> 5, (word_place >> 3) & 3, word_place & 7
         store(word, _pack(codes.reshape(64, 4)), row, quarter, block * 16 + half * 8 + i)
