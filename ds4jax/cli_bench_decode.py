@@ -132,8 +132,9 @@ def decode(
             say(_sentence(line, ratio))
             derived = {"tokens_per_second": line.tokens_per_second, "percent_of_copy": line.bandwidth_percent}
             table.write(always[0] | dataclasses.asdict(line) | derived | {"ratio_to_no_drafts": ratio} | always[1])
-        if plot_file is not None:
-            plot([line for line in lines if line.measure != "prefill"], f"{source}\n{machine}", plot_file)
+        curves = [line for line in lines if line.measure != "prefill"]
+        if plot_file is not None and curves:
+            plot(curves, f"{source}\n{machine}", plot_file)
     if failed:
         raise RequestError(f"{len(failed)} of {len(jobs)} measurements failed; see above")
 

@@ -39,7 +39,7 @@ class SimulatedSteps(Steps):
     accept: chance of the draft at each depth, those before it being right.
     """
 
-    accept: tuple[float, ...] = ()
+    accept: tuple[float, ...]
 
     def _choose(
         self,

@@ -72,7 +72,13 @@ class Stages:
         rows: int,
         context: int,
     ) -> Stages:
-        """From `loop_kernels` of a program, and the kernels of `steps` iterations of its loop as they ran."""
+        """From `loop_kernels` of a program, and the kernels of `steps` iterations of its loop as they ran.
+
+        What ran before the first of these kernels and after the last is left out.
+        """
+        bases = {base(name) for name, _ in program}
+        inside = [index for index, event in enumerate(events) if base(event.name) in bases]
+        events = events[inside[0] : inside[-1] + 1] if inside else events
         layers = Counter(map(_kind, config.compress_ratios))
         alone, busy = _alone(events)
         sums: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
