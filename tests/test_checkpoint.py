@@ -32,12 +32,12 @@ from gguf_variants import (
     write,
 )
 
-from ds4jax import checkpoint, checkpoint_memory, checkpoint_table
+from ds4jax import checkpoint_memory, checkpoint_table, checkpoint_upload
 from ds4jax.checkpoint import describe, load_params, open_gguf, read_config
 from ds4jax.checkpoint_table import make_plan
 from ds4jax.config import ModelConfig
 from ds4jax.errors import CapacityError, CheckpointError
-from ds4jax.quants import unpack
+from ds4jax.quants import block_size, unpack
 
 # ------------------------------------------------------------------------------------------------- loading
 
@@ -131,26 +131,46 @@ def test_every_tensor_arrives_unchanged(main, mtp):
 def test_slabs_change_nothing_and_progress_ends_at_the_total(monkeypatch):
     whole = load(Q, Q_MTP)
     seen: list[tuple[int, int, str]] = []
-    monkeypatch.setattr(checkpoint, "SLAB_BYTES", 40_000)
-    monkeypatch.setattr(checkpoint, "WORKERS", 3)
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 60_000)
+    monkeypatch.setattr(checkpoint_upload, "WORKERS", 3)
     assert same_params(load(Q, Q_MTP, progress=lambda *step: seen.append(step)), whole)
     done = [step[0] for step in seen]
     total = open_gguf(Q).nbytes + open_gguf(Q_MTP).nbytes
     assert done == sorted(done) and done[-1] == total == seen[0][1]
-    assert sum(step[2] == "blk.0.ffn_gate_exps.weight" for step in seen) == 2  # 8 experts, 2 a slab, 3 slabs a step
+    assert sum(step[2] == "blk.0.ffn_gate_exps.weight" for step in seen) == 3  # 8 experts, 3 a slab
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "parts"), [("Q4_K", (11, 512), 2), ("F32", (7, 5, 32), 1), ("BF16", (10, 64), 2)]
+)
+def test_slabs_of_a_tensor(monkeypatch, format, shape, parts):
+    """Four slabs, the last of which overlaps; columns are divided among the paths."""
+    values, size = block_size(format)
+    raw = np.random.default_rng(0).integers(0, 128, (*shape[:-1], shape[-1] // values * size), np.uint8)  # no NaN
+    tensor = checkpoint_table.TensorInfo("t", format, shape, raw.reshape(-1), Q)
+    slot = checkpoint_table.Slot("t", tuple((str(part),) for part in range(parts)), "matrix", shape)
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", raw.nbytes // len(raw) * 3)
+    assert [slab.start for slab in checkpoint_upload.slabs_of(tensor, slot)][-2:] == [3 * (shape[0] // 4), shape[0] - 3]
+    leaves = dict(checkpoint_upload.upload([(tensor, slot)], jax.local_devices()[0]))
+    assert [*leaves] == [*slot.paths]
+    got = [leaf_bytes(leaf) for leaf in leaves.values()]
+    assert got == [part.tobytes() for part in np.split(raw, parts, axis=-1)]
 
 
 def test_host_copies_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SLAB_BYTES", 16_000)
-    monkeypatch.setattr(checkpoint, "WORKERS", 2)
-    load(Q)  # compiles
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 16_000)
+    monkeypatch.setattr(checkpoint_upload, "WORKERS", 2)
+    file = open_gguf(Q)
+    experts = [pair for pair in make_plan(file, None, read_config(file)).assigned if "_exps" in pair[0].name]
+    device = jax.local_devices()[0]
+    dict(checkpoint_upload.upload(experts, device))  # compiles
     tracemalloc.start()
     try:
-        params = load(Q)
+        leaves = dict(checkpoint_upload.upload(experts, device))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert params and peak < open_gguf(Q).nbytes / 4
+    assert leaves and peak < sum(tensor.nbytes for tensor, _ in experts) / 4
 
 
 def test_mixed_and_unusual_types(tmp_path):
