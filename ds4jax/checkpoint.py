@@ -14,7 +14,7 @@ import numpy as np
 
 from ds4jax.checkpoint_config import mtp_prefix, read_config
 from ds4jax.checkpoint_gguf import GGUF, TensorInfo, open_gguf
-from ds4jax.checkpoint_memory import check_device, check_host
+from ds4jax.checkpoint_memory import OUTSIDE_BYTES, WORKSPACE_BYTES, check_device, check_host
 from ds4jax.checkpoint_table import ParamPath, Plan, Slot, make_plan
 from ds4jax.checkpoint_upload import Progress, slab_bytes, upload
 from ds4jax.config import ModelConfig
@@ -40,9 +40,6 @@ CARDS = (80, 96, 141)
 
 CONTEXTS = (4096, 65536)
 """Context lengths for which `describe` tells what fits, besides the model's longest, which ends the list."""
-
-RESERVED_BYTES = 2 << 30
-"""Device memory that `describe` sets aside for the runtime, programs and temporaries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +125,7 @@ def describe(
     for context in (*(length for length in CONTEXTS if length < longest), longest) if cache_nbytes is not None else ():
         assert cache_nbytes is not None
         cache = cache_nbytes(config, context)
-        left = [(card << 30) - RESERVED_BYTES - census.device_bytes - cache for card in CARDS]
+        left = [(card << 30) - WORKSPACE_BYTES - OUTSIDE_BYTES - census.device_bytes - cache for card in CARDS]
         fits += [Fit(card, context, cache, rest) for card, rest in zip(CARDS, left, strict=True)]
     name = str(main.metadata.get("general.name", main))
     paths = main.paths + (mtp.paths if mtp is not None else ())

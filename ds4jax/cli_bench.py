@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +32,12 @@ def kernels(
     csv_file: _Csv = None,
 ) -> None:
     """Shows the device time of every kernel at the full model's shapes, and how near it is to a copy's bandwidth."""
-    _take_whole_card()
     from ds4jax.bench.cases import CASES
     from ds4jax.bench.kernels import copy_bandwidth, measure
     from ds4jax.bench.machine import Machine, require_gpu
+    from ds4jax.checkpoint_memory import take_whole_card
 
+    take_whole_card()
     counts = _numbers("--rows", rows)
     if unknown := [name for name in names or [] if name not in CASES]:
         raise RequestError(f"unknown cases {unknown}, expected some of {', '.join(CASES)}")
@@ -78,14 +78,15 @@ def decode(
     """
     if synthetic is not None and model is not None:
         raise RequestError(f"--synthetic {synthetic} and --model {model} are both given; leave one out")
-    _take_whole_card()
     import jax
 
     from ds4jax.bench.decode import check_frontiers, measure
     from ds4jax.bench.kernels import copy_bandwidth
     from ds4jax.bench.machine import Machine, config_hash
     from ds4jax.bench.synthetic import nbytes
+    from ds4jax.checkpoint_memory import take_whole_card
 
+    take_whole_card()
     contexts, counts = _numbers("--context", context), _numbers("--rows", rows)
     name, settings = _numerics(numerics)
     config, load = _model(synthetic, model, seed)
@@ -153,11 +154,6 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{option} {text}: expected whole numbers with commas between") from error
-
-
-def _take_whole_card() -> None:
-    """A measurement has the card to itself; JAX would take 75 % of it, unless the user has said otherwise."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def _say(line: str) -> None:

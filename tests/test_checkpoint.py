@@ -32,11 +32,11 @@ from gguf_variants import (
     write,
 )
 
-from ds4jax import checkpoint_memory, checkpoint_table, checkpoint_upload
+from ds4jax import checkpoint_table, checkpoint_upload
 from ds4jax.checkpoint import describe, load_params, open_gguf, read_config
 from ds4jax.checkpoint_table import make_plan
 from ds4jax.config import ModelConfig
-from ds4jax.errors import CapacityError, CheckpointError
+from ds4jax.errors import CheckpointError
 from ds4jax.quants import block_size, unpack
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -401,38 +401,6 @@ def test_expert_ids_of_hash_layers_are_checked(tmp_path):
     path = write(tmp_path / "ids.gguf", metadata_of(F32), tensors)
     with pytest.raises(CheckpointError, match=r"expected expert ids from 0 to 7, file has 0 to 8"):
         load(path)
-
-
-# ------------------------------------------------------------------------------------------------- memory
-
-
-def test_too_little_memory_is_said_before_loading():
-    seen: list[Any] = []
-    with pytest.raises(
-        CapacityError, match=r"\(0\.00 GiB weights, 1048576\.00 GiB cache\), found [\d.]+ GiB on cpu; use a"
-    ):
-        load(F32, progress=lambda *step: seen.append(step), cache_bytes=1 << 50)
-    assert seen == []
-    device = jax.local_devices()[0]
-    checkpoint_memory.check_device(device, 3 << 30, 1 << 30, available=4 << 30)
-    with pytest.raises(
-        CapacityError, match=r"expected 4\.00 GiB .* \(3\.00 GiB weights, 1\.00 GiB cache\), found 3\.99"
-    ):
-        checkpoint_memory.check_device(device, 3 << 30, 1 << 30, available=(4 << 30) - (10 << 20))
-    with pytest.raises(CapacityError, match=r"expected 2\.00 GiB of free host memory for loading, found 1\.00 GiB"):
-        checkpoint_memory.check_host(2 << 30, available=1 << 30)
-
-
-def test_free_memory_of_a_container(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 1000 kB\nMemAvailable:     800 kB\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 800 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 800 * 1024
-    (tmp_path / "memory.max").write_text("600000\n")
-    (tmp_path / "memory.current").write_text("500000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\nfile 250000\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 350000
 
 
 # ------------------------------------------------------------------------------------------------- info
