@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf
@@ -137,6 +137,7 @@ def test_slabs_change_nothing_and_progress_ends_at_the_total(monkeypatch):
     done = [step[0] for step in seen]
     total = open_gguf(Q).nbytes + open_gguf(Q_MTP).nbytes
     assert done == sorted(done) and done[-1] == total == seen[0][1]
+    assert list(dict.fromkeys(step[2] for step in seen)) == [*open_gguf(Q).tensors, *open_gguf(Q_MTP).tensors]
     assert sum(step[2] == "blk.0.ffn_gate_exps.weight" for step in seen) == 3  # 8 experts, 3 a slab
 
 
@@ -157,20 +158,25 @@ def test_slabs_of_a_tensor(monkeypatch, format, shape, parts):
     assert got == [part.tobytes() for part in np.split(raw, parts, axis=-1)]
 
 
-def test_host_copies_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 16_000)
+def test_few_slabs_are_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 60_000)
     monkeypatch.setattr(checkpoint_upload, "WORKERS", 2)
     file = open_gguf(Q)
-    experts = [pair for pair in make_plan(file, None, read_config(file)).assigned if "_exps" in pair[0].name]
-    device = jax.local_devices()[0]
-    dict(checkpoint_upload.upload(experts, device))  # compiles
-    tracemalloc.start()
-    try:
-        leaves = dict(checkpoint_upload.upload(experts, device))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert leaves and peak < sum(tensor.nbytes for tensor, _ in experts) / 4
+    jobs = list(checkpoint_upload.jobs_of(make_plan(file, None, read_config(file)).assigned))
+    assert all(len(job) == 1 or sum(slab.raw.size for slab in job) <= 60_000 for job in jobs)
+    assert max(map(len, jobs)) > 3 and max(slab.raw.size for job in jobs for slab in job) <= 60_000
+    assert [slab.tensor.name for job in jobs for slab in job if slab.done == slab.tensor.nbytes] == [*file.tensors]
+    begun: list[int] = []
+
+    def items():
+        for number in range(20):
+            begun.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        for taken, number in enumerate(checkpoint_upload.in_order(pool, lambda number: [number], items())):
+            assert number == taken and len(begun) <= taken + 4
+    assert number == 19
 
 
 def test_mixed_and_unusual_types(tmp_path):
