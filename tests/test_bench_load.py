@@ -61,7 +61,8 @@ def test_the_full_file_has_its_published_size():
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_stages(written, cold):
-    stages = list(load.measure(written, jax.local_devices()[0], cold))
+    device = jax.local_devices()[0]
+    stages = [stage for stage in load.measure(written, device, cold) if stage.stage != "upload"]  # not on a CPU
     assert [stage.stage for stage in stages] == ["read", "repack", "load, compiling", "load"]
     whole = open_gguf(written).nbytes
     assert [stage.nbytes for stage in stages if stage.stage != "repack"] == [whole] * 3
@@ -95,7 +96,8 @@ def test_command(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"], "the file is removed"
     with table.open() as lines:
         rows = list(csv.DictReader(lines))
-    assert [row["stage"] for row in rows] == ["read", "load, compiling", "load"]  # too small for slabs
+    stages = [row["stage"] for row in rows if row["stage"] != "upload"]
+    assert stages == ["read", "load, compiling", "load"], "too small for slabs"
     for row in rows:
         assert math.isclose(float(row["gbps"]), int(row["nbytes"]) / float(row["seconds"]) / 1e9, abs_tol=1e-3)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))

@@ -433,6 +433,6 @@ def test_describe():
         assert sorted({fit.context for fit in description.fits}) == contexts
     fits = {(fit.card, fit.context): fit.left_bytes for fit in description.fits}
     assert len(fits) == 9
-    assert fits[80, 4096] == (80 << 30) - (2 << 30) - census.device_bytes - (4096 << 20)
+    assert fits[80, 4096] == (80 << 30) - (3 << 30) - census.device_bytes - (4096 << 20)
     assert fits[80, 65536] > 0 > fits[80, 1048576]
     assert describe(main).fits == ()
