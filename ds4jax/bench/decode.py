@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from ds4jax.bench.device_time import device_events
 from ds4jax.bench.measure import REPEATS, Job, Line, Subject
-from ds4jax.bench.stages import Stages
+from ds4jax.bench.stages import Stages, loop_kernels
 from ds4jax.bench.synthetic import at_length, make_cache, weight_bytes
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.errors import ConfigError, DeviceError
@@ -106,16 +106,16 @@ def rows_job(
                 capacity=capacity,
                 steps=steps,
                 milliseconds=milliseconds(functools.partial(run, context), steps),
-                tokens_per_step=rows,
-                expected_tokens=rows,
+                tokens_per_step=float(rows),
+                expected_tokens=float(rows),
                 weight_bytes=weight_bytes(subject.params, config, rows),
                 gbps=subject.gbps,
             )
         if report is not None:  # after all times, which a failure here does not cost
-            text = program.as_text()
+            kernels = loop_kernels(program.as_text())
             for context in contexts:
                 events = device_events(functools.partial(run, context, PROFILED))
-                report(Stages.of(text, events, PROFILED, config, rows, context))
+                report(Stages.of(kernels, events, PROFILED, config, rows, context))
 
     return Job(f"rows {rows}", lower, lines)
 

@@ -20,7 +20,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import Sampling
 from ds4jax.decode.speculation import MOST_DRAFTS, Speculation
-from ds4jax.decode.state import DecodeState, Generation, Limits
+from ds4jax.decode.state import DecodeState, Generation, Limits, Request
 from ds4jax.decode.steps import Steps
 from ds4jax.engine import default_chunk
 from ds4jax.errors import ConfigError
@@ -47,7 +47,7 @@ class SimulatedSteps(Steps):
         streams: Float[Array, "B R H D"],
         position: Int[Array, "B R"],
         live: Bool[Array, "B R"],
-        request: Any,
+        request: Request,
         drafted: Int[Array, "B K"],
         odds: Float[Array, "B R V"] | None,
     ) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:

@@ -64,16 +64,19 @@ class Stages:
     span: float
 
     @staticmethod
-    def of(text: str, events: Sequence[Event], steps: int, config: ModelConfig, rows: int, context: int) -> Stages:
-        """From the text of the compiled program, and the kernels of `steps` iterations of its loop in their order.
-
-        Raises:
-            DeviceError: the program has no loop.
-        """
+    def of(
+        program: Sequence[tuple[str, str]],
+        events: Sequence[Event],
+        steps: int,
+        config: ModelConfig,
+        rows: int,
+        context: int,
+    ) -> Stages:
+        """From `loop_kernels` of a program, and the kernels of `steps` iterations of its loop as they ran."""
         layers = Counter(map(_kind, config.compress_ratios))
         alone, busy = _alone(events)
         sums: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
-        for index, path in _origins(loop_kernels(text), events, steps):
+        for index, path in _origins(program, events, steps):
             kind, place = (OTHER, "") if path is None else _place(path, config)
             sums[kind, place, events[index].name].append((events[index].duration, alone[index]))
         total = sum(event.duration for event in events)
