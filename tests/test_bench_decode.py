@@ -129,12 +129,12 @@ def run(*arguments):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Commands measure a tiny model, whose generation is a stub's, and every step takes two milliseconds."""
+    """Commands measure a tiny model, whose generation is a stub's; a step takes 2 ms at 40 positions, 3.2 at 64."""
     monkeypatch.setattr(generation, "DeepSeekV4", Stub)
     monkeypatch.setattr(synthetic, "parse", lambda text: TINY)
     monkeypatch.setattr("ds4jax.cli_bench_table.read_run", lambda *_: SimpleNamespace(numerics=QUICK))
     for module in (decode, generation):
-        monkeypatch.setattr(module, "milliseconds", lambda run, steps: (run(1), run(1 + steps), 2.0)[-1])
+        monkeypatch.setattr(module, "milliseconds", lambda run, steps: (run(1 + steps), run.args[0] / 20)[1])
 
 
 def table(file):
@@ -161,12 +161,14 @@ def test_rows(monkeypatch, small, tmp_path):
         ("2", "40", "64"),
         ("2", "64", "64"),
     ]
-    assert {line["tokens_per_second"] for line in lines} == {"1000.0"}
+    assert [line["tokens_per_second"] for line in lines] == ["1000.0", "625.0"]
     assert {line["card"] for line in lines} == {"cpu"} and lines[0]["numerics"].startswith("perf ")
 
 
-def test_generation(small, tmp_path):
+def test_generation(monkeypatch, small, tmp_path):
     """Of two drafts the first is always right and the second never: two tokens a step."""
+    ends = []  # after two steps, which would end at the context if all drafts were right
+    monkeypatch.setattr(generation, "check_finite", lambda cache, context: ends.append(int(cache.length[0])))
     file = tmp_path / "drafts.csv"
     arguments = ("--synthetic", "tiny", "--context", "40,64", "--steps", "3", "--drafts", "2,0", "--accept", "1,0")
     result = run(*arguments, "--prefill", "20,200", "--csv", file)
@@ -182,6 +184,7 @@ def test_generation(small, tmp_path):
         ("prefill", "0", "no drafts", "200", "100.0", ""),  # in two chunks of 128
     ]
     assert [line["steps"] for line in lines] == ["3"] * 4 + ["1", "2"]
+    assert ends == [40, 64, 38, 62]
     assert int(lines[2]["weight_bytes"]) > int(lines[0]["weight_bytes"])
     assert (
         "acceptance simulated 1.0,0.0, 2.000 tokens/step (2.000 expected), 1000.0 tokens/s (2.000 of no"

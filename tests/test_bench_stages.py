@@ -139,6 +139,7 @@ def test_sums():
     assert step.busy == plain.busy - 0.5
     (embed,) = (stage for stage in step.stages if stage.kernel == "embed")
     assert (embed.microseconds, embed.alone) == (2.0, 1.5)
+    assert sum(stage.alone for stage in step.stages) == pytest.approx(step.busy - 0.5)
     text = str(step)
     assert text.startswith(f"rows 3, context 2048: {kernels / STEPS:.0f} kernels in {step.total:.0f} us per step")
     assert "window 5 in 10 us (1 layers of 5.0 in 10.0 us)" in text and "outside layers 2 in 4 us" in text
