@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from ds4jax.cli_bench_decode import decode
+from ds4jax.cli_bench_load import load
 from ds4jax.cli_bench_table import Csv, Table, numbers, numerics_of, say, take_whole_card
 from ds4jax.cli_options import NumericsChange
 from ds4jax.errors import RequestError
 
-bench = typer.Typer(no_args_is_help=True, help="Measures kernels and decoding.")
+bench = typer.Typer(no_args_is_help=True, help="Measures kernels, decoding and loading.")
 
 
 @bench.command()
@@ -48,3 +49,4 @@ def kernels(
 
 
 bench.command()(decode)
+bench.command()(load)

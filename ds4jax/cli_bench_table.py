@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
@@ -36,7 +35,9 @@ def numbers(option: str, text: str | None, number: Callable[[str], Number] = int
 
 def take_whole_card() -> None:
     """A measurement has the card to itself; JAX would take 75 % of it, unless the user has said otherwise."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    from ds4jax import checkpoint_memory
+
+    checkpoint_memory.take_whole_card()
 
 
 def say(line: str) -> None:

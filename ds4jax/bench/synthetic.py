@@ -126,7 +126,7 @@ def make_params(config: ModelConfig, seed: int) -> dict[str, Any]:
         elif slot.kind == "ids":
             node[path[-1]] = _table(jax.random.fold_in(root, number), slot.shape, config.n_routed_experts)
         else:
-            node[path[-1]] = _matrix(jax.random.fold_in(root, number), _format(slot), slot.shape)
+            node[path[-1]] = _matrix(jax.random.fold_in(root, number), format_of(slot), slot.shape)
     return params
 
 
@@ -136,8 +136,8 @@ def _vector(slot: Slot, rng: np.random.Generator) -> np.ndarray:
     return (around + rng.uniform(-0.1, 0.1, slot.shape)).astype(np.float32)
 
 
-def _format(slot: Slot) -> str:
-    """Type of a matrix."""
+def format_of(slot: Slot) -> str:
+    """Type of a matrix in the real file."""
     head, _, rest = slot.name.partition(".")
     inner = rest.partition(".")[2]
     return MTP_FORMATS.get(inner, "F32") if head == "mtp" else FORMATS.get(inner if head == "blk" else slot.name, "F16")
