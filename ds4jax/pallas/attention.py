@@ -209,7 +209,7 @@ def attention(
     """Kernel of `ops.attention.attention`.
 
     Scores and values come from tensor cores: keys in float16 as they are, queries and softmax weights in two float16
-    parts (`dot_stacked`); float32 keys are multiplied in float32. Many rows are computed in turn, in the same memory.
+    parts (`dot_stacked`); float32 keys are multiplied in float32. Many rows take turns in one `WORKSPACE`.
     """
     heads, d = q.shape[1:]
     near, chunk = -(-window // PART), part_size(d, FEATURES)
@@ -224,7 +224,6 @@ def attention(
     def combine(ptx: Instructions, *refs: Any) -> None:
         _combine(ptx, *refs, near=near, chunk=chunk)
 
-    @jax.jit
     def run(live: Array, q: Array, position: Array, sequence: Array, ids: Any, visible: Any) -> Array:
         total = live.shape[0]
         shapes = (total, heads, splits), (total, heads, splits), (total, splits, heads, d)
@@ -258,10 +257,15 @@ def attention(
         )
 
     args = (live.astype(i32), q, position, sequence, ids, None if ids is not None else visible)
-    size = max(WORKSPACE // (splits * heads * d * 4), 1)
+    total = len(live)
+    turns = -(-total // max(WORKSPACE // (splits * heads * d * 4), 1))
+    if turns == 1:
+        return run(*args)
+    size = -(-total // turns)
 
-    def rows_from(start: int) -> Array:
-        return run(*jax.tree.map(lambda a: a[start : start + size], args))
+    def turn(index: Array, out: Array) -> Array:
+        start = jnp.minimum(index * size, total - size)  # the last may repeat rows
+        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), args)
+        return lax.dynamic_update_slice_in_dim(out, run(*rows), start, 0)
 
-    slices = [rows_from(start) for start in range(0, len(live), size)]
-    return slices[0] if len(slices) == 1 else jnp.concatenate(slices)
+    return lax.fori_loop(0, turns, turn, jnp.zeros(q.shape, f32))
