@@ -35,6 +35,7 @@ from ds4jax.pallas.rows import ROWS, part_size, when_live
 
 # Part of the definition of the result.
 HEADS = 8  # of a program: the fewest that tensor cores take (`dot_stacked`)
+LISTED_HEADS = 16  # of a program where rows are listed: so many keys are better read for more heads at a time
 PART = 32  # keys of a step: the fewest that give each of four warps a tile of scores
 MOST = 32  # parts of the compressed rows
 FEATURES = 128  # of a tile
@@ -43,7 +44,7 @@ STEP = 16  # parts that the combination takes at once
 WORKSPACE = 1 << 26  # bytes of partial results at a time, unless one row needs more
 
 State = tuple[Array, Array, list[Array]]
-"""Of some keys: highest score and sum of exponentials `[HEADS]`, weighted values by tiles `[HEADS, chunk]`."""
+"""Of some keys: highest score and sum of exponentials `[group]`, weighted values by tiles `[group, chunk]`."""
 
 
 def steps_of(visible: Array) -> Array:
@@ -65,16 +66,17 @@ def _parts(
     total: Any,
     acc: Any,
     *,
+    group: int,
     near: int,
     window: int,
     first: int,
 ) -> None:
-    """One part of the keys of one row for a tile of heads; a part without keys has no highest score."""
+    """One part of the keys of one row for `group` heads; a part without keys has no highest score."""
     tile, split, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, d = q.shape[1:]
     chunk = part_size(d, FEATURES)
     features = [start + jnp.arange(chunk, dtype=i32) for start in range(0, d, chunk)]
-    head, each = tile * HEADS + jnp.arange(HEADS, dtype=i32), tile * HEADS + stacked(HEADS)
+    head, each = tile * group + jnp.arange(group, dtype=i32), tile * group + stacked(group)
     within, key = head < heads, jnp.arange(PART, dtype=i32)
     # What the addresses of keys depend on, and the queries.
     exists, newest, b = live[row] != 0, position[row], sequence[row]
@@ -85,7 +87,7 @@ def _parts(
     ptx.fence()
     query = [stack_f16(part, raw.dtype) for part in query]
     # Always so, but in a branch, or the compiler would have every warp split the queries.
-    wanted, steps, end = tile * HEADS < heads, jnp.int32(1), jnp.int32(1)
+    wanted, steps, end = tile * group < heads, jnp.int32(1), jnp.int32(1)
     if count is not None:
         steps = steps_of(count)
         begin = (split - near) * steps
@@ -122,8 +124,8 @@ def _parts(
         scores = jnp.where(seen[None], scores * f32(1 / math.sqrt(d)), -jnp.inf)
         highest = jnp.max(scores, axis=1)
         weight = jnp.exp(scores - highest[:, None])
-        both = jnp.broadcast_to(weight.reshape(-1, 1, STACK, PART), (HEADS // STACK, 2, STACK, PART))
-        both = stack_f16(both.reshape(2 * HEADS, PART), raw.dtype)
+        both = jnp.broadcast_to(weight.reshape(-1, 1, STACK, PART), (group // STACK, 2, STACK, PART))
+        both = stack_f16(both.reshape(2 * group, PART), raw.dtype)
         return highest, jnp.sum(weight, axis=1), [dot_stacked(both, k) for k in keys]
 
     def add(step: Array, old: State) -> State:
@@ -138,8 +140,8 @@ def _parts(
         if visible is None:
             highest, sums, values = attend(jnp.int32(0))
         else:
-            nothing = [jnp.zeros((HEADS, chunk), f32) for _ in features]
-            start = (jnp.full(HEADS, -jnp.inf, f32), jnp.zeros(HEADS, f32), nothing)
+            nothing = [jnp.zeros((group, chunk), f32) for _ in features]
+            start = (jnp.full(group, -jnp.inf, f32), jnp.zeros(group, f32), nothing)
             highest, sums, values = lax.fori_loop(jnp.int32(0), end, add, start)
         store(maximum, highest, row, head, split, mask=within)
         store(total, sums, row, head, split, mask=within)
@@ -212,6 +214,7 @@ def attention(
     parts (`dot_stacked`); float32 keys are multiplied in float32. Many rows take turns in one `WORKSPACE`.
     """
     heads, d = q.shape[1:]
+    group = HEADS if ids is None else LISTED_HEADS
     near, chunk = -(-window // PART), part_size(d, FEATURES)
     if ids is not None:
         splits = near + -(-ids.shape[1] // PART)
@@ -219,7 +222,7 @@ def attention(
         splits = near + (0 if rows is None else min(-(-rows.shape[1] // PART), MOST))
 
     def parts(ptx: Instructions, *refs: Any) -> None:
-        _parts(ptx, *refs, near=near, window=window, first=first)
+        _parts(ptx, *refs, group=group, near=near, window=window, first=first)
 
     def combine(ptx: Instructions, *refs: Any) -> None:
         _combine(ptx, *refs, near=near, chunk=chunk)
@@ -230,7 +233,7 @@ def attention(
         partial = launch(
             parts,
             tuple(jax.ShapeDtypeStruct(shape, f32) for shape in shapes),
-            (-(-heads // HEADS), splits, total),
+            (-(-heads // group), splits, total),
             live,
             q,
             position,

@@ -61,6 +61,7 @@ def _scores(
     head = jnp.arange(max(next_power(heads), 16), dtype=i32)
     feature = jnp.arange(size, dtype=i32)
     exists, length, b = live[row], visible[row], sequence[row]
+    weight = load(weights, row, head, mask=head < heads) * jnp.float32(scale)
     ptx.fence()
 
     @pl.when((exists != 0) & (start < length) & (length > top_k))
@@ -68,7 +69,6 @@ def _scores(
         at = start + jnp.arange(KEYS, dtype=i32)
         there = (at < rows.shape[1])[:, None] & (feature < rows.shape[2])[None]
         query = load(q, row, head[None], feature[:, None], mask=(head < heads)[None])
-        weight = load(weights, row, head, mask=head < heads) * jnp.float32(scale)
         keys = load(rows, b, at[:, None], feature[None], mask=there)
         if q.dtype == jnp.bfloat16:
             dots = jnp.dot(keys.astype(jnp.bfloat16), query, preferred_element_type=f32)
