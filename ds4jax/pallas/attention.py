@@ -131,9 +131,9 @@ def _parts(
     def add(step: Array, old: State) -> State:
         fresh = attend(step)
         highest = jnp.maximum(old[0], fresh[0])
-        a, b = jnp.exp(old[0] - highest), jnp.exp(fresh[0] - highest)
-        values = [u * a[:, None] + v * b[:, None] for u, v in zip(old[2], fresh[2], strict=True)]
-        return highest, old[1] * a + fresh[1] * b, values
+        left, right = jnp.exp(old[0] - highest), jnp.exp(fresh[0] - highest)
+        values = [u * left[:, None] + v * right[:, None] for u, v in zip(old[2], fresh[2], strict=True)]
+        return highest, old[1] * left + fresh[1] * right, values
 
     @pl.when(wanted)
     def _() -> None:
