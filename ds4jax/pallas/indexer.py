@@ -132,6 +132,9 @@ def _select(
 
         start = (jnp.int32(31), jnp.int32(LOWEST), jnp.sum(valid.astype(i32)))
         _, low, count = lax.while_loop(undecided, bisect, start)
+        slots = jnp.arange(next_power(top_k), dtype=i32)
+        unused = (slots >= count) & (slots < top_k)
+        store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
 
         def first_of_equal() -> Array:
             above, equal = valid & (key > low), valid & (key == low)
@@ -145,9 +148,6 @@ def _select(
         store(best, index, row, part * top_k + slot, mask=chosen != 0)
         if best_scores is not None:
             store(best_scores, score, row, part * top_k + slot, mask=chosen != 0)
-        slots = jnp.arange(next_power(top_k), dtype=i32)
-        unused = (slots >= count) & (slots < top_k)
-        store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
 
 
 def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:
