@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from ds4jax.activation import Activation
-from ds4jax.bench.case import Case, activation, choices, floats, quantised
+from ds4jax.bench.case import Case, activation, choices, floats, positions, quantised, sequences
 from ds4jax.bench.cases_attention import ATTENTION
 from ds4jax.bench.cases_glue import GLUE
 
@@ -21,15 +21,42 @@ def _experts(key: Array, rows: int) -> tuple[Activation, Array, Array]:
     return activation(k1, rows, D), choices(k2, rows, E, K), jax.random.uniform(k3, (rows, K))
 
 
-def _projection(*weights: tuple[str, int, int]) -> Case:
-    def shared(key: Array) -> tuple[Any, ...]:
-        keys = jax.random.split(key, len(weights))
-        return tuple(
-            floats(k, n, width) if format == "F16" else quantised(k, format, n, width)
-            for k, (format, n, width) in zip(keys, weights, strict=True)
-        )
+def _weights(key: Array, *weights: tuple[str, int, int]) -> tuple[Any, ...]:
+    keys = jax.random.split(key, len(weights))
+    return tuple(
+        floats(k, n, width) if format == "F16" else quantised(k, format, n, width)
+        for k, (format, n, width) in zip(keys, weights, strict=True)
+    )
 
-    return Case("linear", {"precision": "highest"}, lambda key, t: (activation(key, t, weights[0][2]),), shared)
+
+def _projection(*weights: tuple[str, int, int]) -> Case:
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return (activation(key, t, weights[0][2]),)
+
+    return Case("linear", {"precision": "highest"}, rows, lambda key: _weights(key, *weights))
+
+
+def _attention_input(ratio: int, *widths: int) -> Case:
+    """All projections of the input of an attention layer whose compressors pool `ratio` tokens into `widths`."""
+    capacity = 2 * ratio + 7 if ratio == 4 else ratio + 7
+    outputs = [width * (2 if ratio == 4 else 1) for width in widths for _ in ("values", "gates")]
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return activation(key, t, D), sequences(t), positions(t, 1000) % capacity
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        k1, k2, k3 = jax.random.split(key, 3)
+        head = (("F16", 64, D),) if ratio == 4 else ()
+        returned = _weights(k1, ("Q8_0", 1024, D), ("Q8_0", 512, D), *head)
+        stored = _weights(k2, *(("F16", n, D) for n in outputs))
+        keys = jax.random.split(k3, len(outputs))
+        rings = tuple(jax.random.normal(k, (1, capacity, n)) for k, n in zip(keys, outputs, strict=True))
+        return returned, stored, rings
+
+    def active(rows: int) -> int:
+        return D * ((1024 + 512) * 34 // 32 + 2 * sum(outputs) + (2 * 64 if ratio == 4 else 0))
+
+    return Case("linear_store", {"precision": "highest"}, rows, shared, active)
 
 
 def _routed(formats: tuple[str, str, str]) -> Case:
@@ -58,7 +85,10 @@ def _shared_expert() -> Case:
 
 PROJECTIONS: dict[str, Case] = {
     "wq_a+wkv": _projection(("Q8_0", 1024, D), ("Q8_0", 512, D)),
+    "attention input CSA": _attention_input(4, 512, 128),
+    "attention input HCA": _attention_input(128, 512),
     "wq_b": _projection(("Q8_0", 32768, 1024)),
+    "wq_b+index": _projection(("Q8_0", 32768, 1024), ("Q8_0", 8192, 1024)),
     "wo_a": Case(
         "grouped_linear",
         {"precision": "highest"},
@@ -67,7 +97,6 @@ PROJECTIONS: dict[str, Case] = {
     ),
     "wo_b": _projection(("Q8_0", D, 8192)),
     "head": _projection(("Q8_0", VOCAB, D)),
-    "compressor": _projection(("F16", 1024, D), ("F16", 1024, D)),
     "quantise": Case("quantise", {"act": "q8"}, lambda key, t: (jax.random.normal(key, (t, 8192)),), lambda key: ()),
     "experts": _routed(("IQ2_XXS", "IQ2_XXS", "Q2_K")),
     "experts Q4_K": _routed(("Q4_K", "Q4_K", "Q4_K")),

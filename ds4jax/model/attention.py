@@ -7,6 +7,7 @@ whole sequences from position 0, no cache, differentiable, the same weights and 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import CompressorCache, LayerCache, Rows
 from ds4jax.ops.attention import attention_sequence, index_query, index_scores
 from ds4jax.ops.compress import compress_sequence
+from ds4jax.ops.rope import kv_norm_rope
 from ds4jax.ops.rows import Live
 
 
@@ -36,24 +38,19 @@ class Compressor(Layer):
         self.ape = self.weight("ape", self.ratio, both, init=nn.initializers.zeros)
         self.norm_weight = self.weight("norm", self.width)
 
-    def __call__(self, a: Activation, rows: Rows, cache: CompressorCache, frequencies: Array) -> CompressorCache:
-        """Stores the projections of every row and the compressed rows that these complete."""
-        place = rows.position % cache.values.shape[1]
-        value, gate = self.linears(a, (self.wkv, self.wgate), rows.live)
-        values = self.store(cache.values, rows.sequence, place, rows.live, value)
-        gates = self.store(cache.gates, rows.sequence, place, rows.live, gate)
+    def __call__(self, rows: Rows, cache: CompressorCache, frequencies: Array) -> CompressorCache:
+        """Stores the compressed rows that the rows of a call complete; their projections are in the cache."""
         emitted = self._windows(rows, cache.rows.shape[0])
-        fresh = self.op(
-            "compress",
+        stored = self.op(
+            "compress_store",
             emitted.live,
             (emitted.position, emitted.sequence),
-            (values, gates, self.ape, self.norm_weight, frequencies),
+            (cache.values, cache.gates, self.ape, self.norm_weight, frequencies, cache.rows),
             ratio=self.ratio,
             eps=self.config.rms_norm_eps,
             simulate=self.simulate,
         )
-        stored = self.store(cache.rows, emitted.sequence, emitted.position, emitted.live, fresh)
-        return CompressorCache(values, gates, stored)
+        return dataclasses.replace(cache, rows=stored)
 
     def _windows(self, rows: Rows, batch: int) -> Rows:
         """Windows that the rows of a call complete; `position` holds the window index."""
@@ -91,16 +88,27 @@ class Indexer(Layer):
         self.compressor = Compressor(c, self.numerics, CSA_RATIO, c.index_head_dim, simulate)
 
     def __call__(
-        self, a: Activation, latent: Activation, rows: Rows, cache: CompressorCache, table: Table, frequencies: Array
+        self,
+        q: Float[Array, "T Nd"],
+        weights: Float[Array, "T N"],
+        rows: Rows,
+        cache: CompressorCache,
+        table: Table,
+        frequencies: Array,
     ) -> tuple[Int[Array, "T k"], CompressorCache]:
+        """The rows chosen for projected queries and head weights, and the cache with the compressed rows stored."""
         c = self.config
-        cache = self.compressor(a, rows, cache, frequencies)
-        q = self.linear(latent, self.wq_b, rows.live).reshape(-1, c.index_n_heads, c.index_head_dim)
-        weights = self.linear(a, self.w, rows.live)
+        cache = self.compressor(rows, cache, frequencies)
         ids = self.op(
             "indexer",
             rows.live,
-            (q, *table, weights, rows.sequence, rows.visible(CSA_RATIO)),
+            (
+                q.reshape(-1, c.index_n_heads, c.index_head_dim),
+                *table,
+                weights,
+                rows.sequence,
+                rows.visible(CSA_RATIO),
+            ),
             (cache.rows,),
             top_k=c.index_topk,
             simulate=self.numerics.sim_index,
@@ -162,26 +170,56 @@ class Attention(Layer):
         if self.ratio == CSA_RATIO:
             self.indexer = Indexer(c, self.numerics)
 
-    def project(
-        self, a: Activation, live: Live, table: Table
-    ) -> tuple[Activation, Float[Array, "T N d"], Float[Array, "T d"]]:
-        """The normed query latent, which the indexer shares, the finished queries, and raw rows before storage."""
-        c = self.config
-        low, kv = self.linears(a, (self.wq_a, self.wkv), live)
-        latent = self.normed(low, self.q_norm, live)
-        q = self.linear(latent, self.wq_b, live).reshape(-1, c.num_attention_heads, c.head_dim)
-        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), self.keys(kv, live, table)
+    def inputs(
+        self, a: Activation, rows: Rows, cache: LayerCache
+    ) -> tuple[tuple[Float[Array, "T _"], ...], LayerCache]:
+        """All projections of the layer's input, in one operation.
 
-    def keys(self, kv: Float[Array, "T d"], live: Live, table: Table) -> Float[Array, "T d"]:
-        """Finished raw rows of projected ones."""
-        return self.op(
-            "kv_norm_rope",
-            live,
-            (kv, *table),
-            (self.kv_norm,),
+        Returns the query latent, the raw row and, in a CSA layer, the indexer's head weights; the compressors' go into
+        their rings.
+        """
+        returned: tuple[Any, ...] = (self.wq_a, self.wkv)
+        if not self.ratio:
+            return self.linears(a, returned, rows.live), cache
+        compressors = {"compressor": self.compressor}
+        if self.ratio == CSA_RATIO:
+            compressors["indexer"] = self.indexer.compressor
+            returned = (*returned, self.indexer.w)
+        states = {name: getattr(cache, name) for name in compressors}
+        rings = tuple(ring for state in states.values() for ring in (state.values, state.gates))
+        stored = tuple(w for compressor in compressors.values() for w in (compressor.wkv, compressor.wgate))
+        results, rings = self.op(
+            "linear_store",
+            rows.live,
+            (a, rows.sequence, rows.position % rings[0].shape[1]),  # the rings of a layer are equally long
+            (returned, stored, rings),
+            precision=self.numerics.precision,
+        )
+        written = zip(states.items(), rings[::2], rings[1::2], strict=True)
+        states = {name: dataclasses.replace(state, values=v, gates=g) for (name, state), v, g in written}
+        return results, dataclasses.replace(cache, **states)
+
+    def queries(
+        self, low: Float[Array, "T R"], live: Live, table: Table, *others: Any
+    ) -> tuple[Activation, Float[Array, "T N d"], tuple[Float[Array, "T _"], ...]]:
+        """The normed latent, the finished queries, and what other weights make of the latent."""
+        c = self.config
+        latent = self.normed(low, self.q_norm, live)
+        q, *projected = self.linears(latent, (self.wq_b, *others), live)
+        q = self.op("q_norm_rope", live, (q.reshape(-1, c.num_attention_heads, c.head_dim), *table), eps=c.rms_norm_eps)
+        return latent, q, tuple(projected)
+
+    def keys(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
+        """Finishes projected raw rows and stores them."""
+        raw = self.op(
+            "kv_store",
+            rows.live,
+            (kv, *table, rows.sequence, rows.position % cache.raw.shape[1]),
+            (self.kv_norm, cache.raw),
             eps=self.config.rms_norm_eps,
             simulate=self.numerics.sim_kv,
         )
+        return dataclasses.replace(cache, raw=raw)
 
     def output(self, o: Float[Array, "T N d"], live: Live, table: Table) -> Float[Array, "T D"]:
         """Takes the rotation of the values back and projects."""
@@ -191,28 +229,25 @@ class Attention(Layer):
 
     def append(self, a: Activation, rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
         """Stores the raw rows alone."""
-        return self._stored(self.keys(self.linear(a, self.wkv, rows.live), rows.live, table), rows, cache)
-
-    def _stored(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache) -> LayerCache:
-        place = rows.position % cache.raw.shape[1]
-        return dataclasses.replace(cache, raw=self.store(cache.raw, rows.sequence, place, rows.live, kv))
+        return self.keys(self.linear(a, self.wkv, rows.live), rows, cache, table)
 
     def __call__(
         self, a: Activation, rows: Rows, cache: LayerCache, table: Table, frequencies: Array, first: int = 0
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """`first` is the lowest position that holds a raw row: 1 for the MTP block, whose rows need a predecessor."""
         c = self.config
-        latent, q, kv = self.project(a, rows.live, table)
-        cache = self._stored(kv, rows, cache)
+        (low, kv, *weights), cache = self.inputs(a, rows, cache)
+        _, q, others = self.queries(low, rows.live, table, *([self.indexer.wq_b] if self.ratio == CSA_RATIO else []))
+        cache = self.keys(kv, rows, cache, table)
         ids, visible, compressed = None, None, None
         if self.ratio:
             assert cache.compressor is not None, "a compressed layer needs a compressor cache"
-            state = self.compressor(a, rows, cache.compressor, frequencies)
+            state = self.compressor(rows, cache.compressor, frequencies)
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
             visible = rows.visible(self.ratio)
         if self.ratio == CSA_RATIO:
             assert cache.indexer is not None, "a CSA layer needs an indexer cache"
-            ids, index = self.indexer(a, latent, rows, cache.indexer, table, frequencies)
+            ids, index = self.indexer(others[0], weights[0], rows, cache.indexer, table, frequencies)
             cache, visible = dataclasses.replace(cache, indexer=index), None
         o = self.op(
             "attention",
@@ -231,7 +266,9 @@ class Attention(Layer):
         """Whole sequences; `earlier` replaces the raw rows of earlier positions (chained drafts)."""
         c, (batch, s, _) = self.config, x.shape
         live = Live.all(batch * s)
-        latent, q, kv = self.project(self.quantised(x.reshape(batch * s, -1), live), live, table)
+        low, kv = self.linears(self.quantised(x.reshape(batch * s, -1), live), (self.wq_a, self.wkv), live)
+        latent, q, _ = self.queries(low, live, table)
+        kv = kv_norm_rope(kv, *table, self.kv_norm, eps=c.rms_norm_eps, simulate=self.numerics.sim_kv)
         kv = kv.reshape(batch, s, -1)
         compressed, selected = jnp.zeros((batch, 0, c.head_dim)), jnp.zeros((batch, s, 0), bool)
         scores = None
