@@ -111,11 +111,11 @@ def test_linear_equals_reference_and_numpy(name):
 
 def test_several_weights_in_one_launch_and_more_rows_than_a_program():
     """Eleven rows are two programs of eight, the last of which repeats row 10. Returned results, and results written
-    to the end and the beginning of rings of two sequences; absent rows, which point beyond them, write nothing."""
+    to the end and the beginning of rings of two sequences; absent rows have places too, and leave them."""
     rng = np.random.default_rng(3)
     x, w = (jnp.asarray(rng.integers(-8, 9, shape).astype(np.float32)) for shape in ((11, 64), (2, 64)))  # exact dots
     a, live = quantise(x, act="q8"), everyone(11).at[jnp.array([2, 8])].set(False)
-    sequence, place = jnp.arange(11) // 6, jnp.where(live, (jnp.arange(11) + 4) % 7, 1 << 20)
+    sequence, place = jnp.arange(11) // 6, (jnp.arange(11) + 4) % 7
     rings = tuple(jnp.asarray(rng.standard_normal((2, 7, n), np.float32)) for n in (3, 2))
     shared = ((stored("Q8_0", 5, 64),), (stored("Q8_0", 3, 64, seed=1), w.astype(jnp.float16)), rings)
 
