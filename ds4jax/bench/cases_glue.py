@@ -67,7 +67,7 @@ def kv_store(depth: int, rotary: int, simulate: bool = True) -> Case:
         k1, k2 = split(key)
         return normal(k1, (depth,)), normal(k2, (1, RING, depth)).astype(jnp.float16)
 
-    return Case("kv_store", {"eps": EPS, "simulate": simulate}, rows, shared)
+    return Case("kv_store", {"eps": EPS, "simulate": simulate}, rows, shared, lambda t: depth * 4)
 
 
 def unrotate(heads: int, depth: int, rotary: int, groups: int) -> Case:
