@@ -31,7 +31,16 @@ def compiled(dump: Path, *cases: str, ptx: bool = False) -> dict:
 
 def test_kernels_and_decode_step(tmp_path):
     """At the full model's shapes; the step reads and writes its donated cache in place, in one graph of kernels."""
-    names = ["wq_a+wkv", "wq_b", "wo_a", "head", "experts", "shared expert", "attention CSA 64k", "indexer 64k ties"]
+    names = [
+        "compressor index",
+        "wq_b",
+        "wo_a",
+        "head",
+        "experts",
+        "shared expert",
+        "attention CSA 64k",
+        "indexer 64k ties",
+    ]
     found = compiled(tmp_path, *names)
     assert set(found["bytes"]) == set(names)
     step = found["step"]
@@ -43,6 +52,6 @@ def test_kernels_and_decode_step(tmp_path):
 
 def test_strict_kernels_do_not_contract(tmp_path):
     """No product is fused with a sum where the reference has two roundings."""
-    kernels = compiled(tmp_path, "norm", "kv_norm_rope", "unrotate", "hyper_post", ptx=True)["contractions"]
+    kernels = compiled(tmp_path, "norm", "kv_store", "unrotate", "hyper_post", ptx=True)["contractions"]
     assert len(kernels) >= 4
     assert set(kernels.values()) == {0}, kernels

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from ds4jax import pallas
+from ds4jax.ops import WRITERS
 from ds4jax.ops import attention as ops
-from ds4jax.ops import compress as compress_ops
 from ds4jax.ops import simulate as simulate_ops
-from ds4jax.ops import store as store_ops
 from ds4jax.ops.rows import Live
 from ds4jax.pallas import attention as attention_kernels
 from ds4jax.pallas import indexer as indexer_kernels
@@ -29,19 +28,34 @@ def kernel(name: str, **settings):
     return jax.jit(functools.partial(pallas.KERNELS[name], interpret=True, **settings))
 
 
-# ------------------------------------------------------------------------------------------------------- store
+def writer(name: str, **settings):
+    """The reference of an operation that writes a cache, for all rows at once."""
+
+    def run(live, *args):
+        return WRITERS[name](Live.of(live), lambda function, *rows: function(*rows), *args, **settings)
+
+    return jax.jit(run)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_rows_land_in_their_places(dtype):
-    """The absent row points outside; nothing else changes; a width that is no power of two."""
-    rng = np.random.default_rng(0)
-    target, rows = draw(rng, 2, 5, 24, dtype=dtype), draw(rng, 4, 24)
-    place = jnp.array([4, 0, 77, 4], jnp.int32)
-    got = kernel("store")(LIVE, rows, SEQUENCE, place, target)
-    want = jax.jit(store_ops.store)(Live.of(LIVE), rows, SEQUENCE, place, target)
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-    assert not np.array_equal(np.asarray(got), np.asarray(target))
+# ---------------------------------------------------------------------------------------------------- raw rows
+
+
+@pytest.mark.parametrize("dtype, width, rotary, simulate", [(np.float16, 192, 64, True), (np.float32, 40, 16, False)])
+def test_raw_rows(dtype, width, rotary, simulate):
+    """The bits of the reference in the first and the last place of rings; the absent row has a place, and leaves it."""
+    angle, place = jnp.linspace(-3, 3, 2 * rotary).reshape(4, -1), jnp.array([4, 0, 2, 4], jnp.int32)
+    settings = {"eps": 1e-6, "simulate": simulate}
+    run, reference = kernel("kv_store", **settings), writer("kv_store", **settings)
+    for seed in range(4):  # a sum in another order may round alike
+        rng = np.random.default_rng(seed)
+        kv = draw(rng, 4, width) * jnp.array([[1e-3], [1.0], [jnp.nan], [1e3]])
+        rows, shared = (kv, jnp.cos(angle), jnp.sin(angle)), (draw(rng, width), draw(rng, 2, 5, width, dtype=dtype))
+        got = np.asarray(run(LIVE, *rows, SEQUENCE, place, *shared))
+        np.testing.assert_array_equal(got, np.asarray(reference(LIVE, *rows, SEQUENCE, place, *shared)))
+        changed = (got != np.asarray(shared[1])).any(axis=2)
+        assert sorted(zip(*np.nonzero(changed), strict=True)) == [(0, 4), (1, 0), (1, 4)]
+    one = jax.tree.map(lambda a: a[3:], (LIVE, *rows, SEQUENCE, place))
+    np.testing.assert_array_equal(np.asarray(run(*one, *shared))[1, 4], got[1, 4])
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -125,22 +139,30 @@ def test_extreme_sinks_and_scores():
 # ---------------------------------------------------------------------------------------------------- compress
 
 
-@pytest.mark.parametrize("ratio, width, simulate", [(4, 68, "kv"), (4, 32, "index"), (6, 68, "kv"), (128, 20, "none")])
-def test_compressed_rows(ratio, width, simulate):
-    """The bits of the reference, but for one; the first window of a sequence, rings that wrap around."""
+@pytest.mark.parametrize(
+    "ratio, width, simulate, dtype",
+    [(4, 68, "kv", np.float32), (4, 32, "index", np.float16), (6, 68, "kv", np.float32), (128, 20, "none", np.float32)],
+)
+def test_compressed_rows(ratio, width, simulate, dtype):
+    """The bits of the reference, but for one; the first window of a sequence, rings that wrap around. The absent row
+    has a place, and leaves it."""
     rng = np.random.default_rng(5)
     wide = width * (2 if ratio == 4 else 1)
     capacity = 2 * ratio + 1
     values, gates = draw(rng, 2, capacity, wide), draw(rng, 2, capacity, wide) * 3
-    shared = (values, gates, draw(rng, ratio, wide), draw(rng, width), jnp.array([0.7, 0.05]))
-    window = jnp.array([0, 5, 10**8, 1000], jnp.int32)
+    cache = draw(rng, 2, 1001, width, dtype=dtype)
+    shared = (values, gates, draw(rng, ratio, wide), draw(rng, width), jnp.array([0.7, 0.05]), cache)
+    window = jnp.array([0, 5, 700, 1000], jnp.int32)
     settings = {"ratio": ratio, "eps": 1e-6, "simulate": simulate}
-    run = kernel("compress", **settings)
+    run = kernel("compress_store", **settings)
     got = np.asarray(run(LIVE, window, SEQUENCE, *shared))
-    want = np.asarray(jax.jit(functools.partial(compress_ops.compress, **settings))(window, SEQUENCE, *shared))
+    want = np.asarray(writer("compress_store", **settings)(LIVE, window, SEQUENCE, *shared))
     # In a long loop the exponential of XLA:CPU depends on what it is fused with.
-    np.testing.assert_allclose(got[LIVE], want[LIVE], rtol=0, atol=5e-7 if ratio == 128 else 0)
-    np.testing.assert_array_equal(np.asarray(run(LIVE[3:], window[3:], SEQUENCE[3:], *shared))[0], got[3])
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-7 if ratio == 128 else 0)
+    changed = (got != np.asarray(cache)).any(axis=2)
+    assert sorted(zip(*np.nonzero(changed), strict=True)) == [(0, 0), (1, 5), (1, 1000)]
+    alone = np.asarray(run(LIVE[3:], window[3:], SEQUENCE[3:], *shared))
+    np.testing.assert_array_equal(alone[1, 1000], got[1, 1000])
 
 
 # ----------------------------------------------------------------------------------------------------- indexer

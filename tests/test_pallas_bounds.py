@@ -38,7 +38,7 @@ def keys(count, ids=None, visible=None):
 def pooled(count, ratio, width, simulate):
     wide = width * (2 if ratio == 4 else 1)
     ring = normal(2, 2 * ratio + 1, wide)
-    shared = (ring, ring, normal(ratio, wide), normal(width), normal(4))
+    shared = (ring, ring, normal(ratio, wide), normal(width), normal(4), normal(2, 3, width))
     return (same(count, 0), same(count, 1)), shared, {"ratio": ratio, "eps": 1e-6, "simulate": simulate}
 
 
@@ -52,6 +52,13 @@ def glue(case):
 def projected(width, format):
     key = jax.random.key(0)
     return "linear", lambda t: ((activation(key, t, width),), (quantised(key, format, 3, width),), {})
+
+
+def projected_and_stored(count):
+    key = jax.random.key(0)
+    row_args = activation(key, count, 32), same(count, 1), jnp.arange(count)
+    returned, stored, rings = (quantised(key, "Q8_0", 3, 32),), (normal(5, 32),), (normal(2, count, 5),)
+    return row_args, (returned, stored, rings), {}
 
 
 def experts(count):
@@ -68,19 +75,19 @@ def indexer(count):
 
 CASES = {
     "q_norm_rope": glue(cases_glue.q_norm_rope(1, 192, 64)),
-    "kv_norm_rope": glue(cases_glue.kv_norm_rope(40, 16, simulate=False)),
+    "kv_store": glue(cases_glue.kv_store(40, 16, simulate=False)),
     "unrotate": glue(cases_glue.unrotate(4, 24, 8, groups=2)),
     "router": glue(cases_glue.router(12, 1100, 2)),
     "router, given ids": glue(cases_glue.router(12, 64, 2, "given")),
     "embed": ("embed", lambda t: ((same(t, 4),), (normal(5, 24),), {})),
-    "store": ("store", lambda t: ((normal(t, 24), same(t, 1), jnp.arange(t)), (normal(2, t, 24),), {})),
     "attention, window": ("attention", keys),
     "attention, ids": ("attention", lambda t: keys(t, ids=40)),
     "attention, visible": ("attention", lambda t: keys(t, visible=192)),
-    "compress, CSA": ("compress", lambda t: pooled(t, 4, 72, "kv")),
-    "compress, HCA": ("compress", lambda t: pooled(t, 6, 20, "none")),
+    "compress_store, CSA": ("compress_store", lambda t: pooled(t, 4, 72, "kv")),
+    "compress_store, HCA": ("compress_store", lambda t: pooled(t, 6, 20, "none")),
     "indexer": ("indexer", indexer),
     "Q4_K": projected(5 * 256, "Q4_K"),
+    "linear_store": ("linear_store", projected_and_stored),
     "experts": ("routed_experts", experts),
 }
 

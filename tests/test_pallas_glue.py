@@ -17,8 +17,6 @@ SMALL = {
     "norm": cases.norm(384),
     "norm of an odd width": cases.norm(40),
     "q_norm_rope": cases.q_norm_rope(2, 192, 64),
-    "kv_norm_rope": cases.kv_norm_rope(192, 64),
-    "kv_norm_rope, no FP8": cases.kv_norm_rope(40, 16, simulate=False),
     "unrotate": cases.unrotate(4, 192, 64, groups=2),
     "unrotate, heads within a block": cases.unrotate(8, 24, 8, groups=2),
     "hyper_pre": cases.hyper_pre(4, 384),

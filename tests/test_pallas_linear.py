@@ -13,6 +13,8 @@ from ds4jax.errors import ConfigError
 from ds4jax.ops import linear as reference
 from ds4jax.ops import moe
 from ds4jax.ops.quantise import act_q8k, quantise
+from ds4jax.ops.rows import Live
+from ds4jax.ops.store import linear_store
 from ds4jax.pallas import KERNELS, experts
 from ds4jax.pallas import linear as kernels
 from ds4jax.pallas import quantise as quantise_kernels
@@ -108,17 +110,28 @@ def test_linear_equals_reference_and_numpy(name):
 
 
 def test_several_weights_in_one_launch_and_more_rows_than_a_program():
-    """Eleven rows are two programs of eight, the last of which repeats row 10."""
-    ws = (stored("Q8_0", 4, 64), stored("Q8_0", 3, 64, seed=1), jnp.asarray(np.ones((2, 64), np.float16)))
-    a = quantise(rows(11, 64), act="q8")
-    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(11), a, *ws)
-    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, *ws)
-    assert_equal(got[:2], want[:2])
-    np.testing.assert_allclose(np.asarray(got[2]), np.asarray(want[2]), rtol=1e-5)
-    alone = jax.jit(functools.partial(kernels.linear, interpret=True))(
-        everyone(1), jax.tree.map(lambda v: v[10:], a), *ws
-    )
-    assert_equal(alone, [v[10:] for v in got])
+    """Eleven rows are two programs of eight, the last of which repeats row 10. Returned results, and results written
+    to the end and the beginning of rings of two sequences; absent rows have places too, and leave them."""
+    rng = np.random.default_rng(3)
+    x, w = (jnp.asarray(rng.integers(-8, 9, shape).astype(np.float32)) for shape in ((11, 64), (2, 64)))  # exact dots
+    a, live = quantise(x, act="q8"), everyone(11).at[jnp.array([2, 8])].set(False)
+    sequence, place = jnp.arange(11) // 6, (jnp.arange(11) + 4) % 7
+    rings = tuple(jnp.asarray(rng.standard_normal((2, 7, n), np.float32)) for n in (3, 2))
+    shared = ((stored("Q8_0", 5, 64),), (stored("Q8_0", 3, 64, seed=1), w.astype(jnp.float16)), rings)
+
+    @jax.jit
+    def want(*args):
+        return linear_store(Live.of(live), lambda function, *rows: function(*rows), *args, precision="highest")
+
+    run = jax.jit(functools.partial(kernels.linear_store, interpret=True))
+    got = run(live, a, sequence, place, *shared)
+    assert_equal(got, want(a, sequence, place, *shared))
+    results, written = run(everyone(1), *jax.tree.map(lambda v: v[10:], (a, sequence, place)), *shared)
+    assert_equal(results, [v[10:] for v in got[0]])
+    assert_equal([ring[1, 0] for ring in written], [ring[1, 0] for ring in got[1]])
+    for ring, before in zip(got[1], rings, strict=True):
+        changed = (np.asarray(ring) != np.asarray(before)).any(axis=2)
+        assert [np.nonzero(places)[0].tolist() for places in changed] == [[0, 1, 2, 4, 5], [0, 3, 4, 6]]
 
 
 def test_grouped_linear():

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ds4jax import ops
 from ds4jax.activation import Activation
+from ds4jax.config import Numerics
 from ds4jax.ops.quantise import quantise
+from ds4jax.ops.rows import Live
 from ds4jax.quants import QTensor
 
 
@@ -31,6 +34,20 @@ class Case:
     rows: Callable[[Array, int], tuple[Any, ...]]
     shared: Callable[[Array], tuple[Any, ...]]
     active: Callable[[int], int] | None = None
+
+    def parted(self, shared: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What the operation reads only, and what it writes."""
+        read = len(shared) - (self.op in ops.WRITERS)
+        return shared[:read], shared[read:]
+
+    def call(
+        self, num: Numerics, live: Live, rows: Any, weights: tuple[Any, ...], caches: tuple[Any, ...]
+    ) -> tuple[list[Array], tuple[Any, ...]]:
+        """Results of one call, and the caches that it has written."""
+        results = jax.tree.leaves(ops.call(self.op, num, live, rows, (*weights, *caches), **self.settings))
+        before, structure = jax.tree.flatten(caches)
+        count = len(results) - len(before)
+        return results[:count], jax.tree.unflatten(structure, results[count:])
 
 
 def random_words(key: Array, shape: tuple[int, ...]) -> Array:

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from ds4jax.activation import Activation
-from ds4jax.bench.case import Case, activation, choices, floats, quantised
+from ds4jax.bench.case import Case, activation, choices, floats, positions, quantised, sequences
 from ds4jax.bench.cases_attention import ATTENTION
 from ds4jax.bench.cases_glue import GLUE
 
@@ -21,15 +21,36 @@ def _experts(key: Array, rows: int) -> tuple[Activation, Array, Array]:
     return activation(k1, rows, D), choices(k2, rows, E, K), jax.random.uniform(k3, (rows, K))
 
 
-def _projection(*weights: tuple[str, int, int]) -> Case:
-    def shared(key: Array) -> tuple[Any, ...]:
-        keys = jax.random.split(key, len(weights))
-        return tuple(
-            floats(k, n, width) if format == "F16" else quantised(k, format, n, width)
-            for k, (format, n, width) in zip(keys, weights, strict=True)
-        )
+def _weights(key: Array, *weights: tuple[str, int, int]) -> tuple[Any, ...]:
+    keys = jax.random.split(key, len(weights))
+    return tuple(
+        floats(k, n, width) if format == "F16" else quantised(k, format, n, width)
+        for k, (format, n, width) in zip(keys, weights, strict=True)
+    )
 
-    return Case("linear", {"precision": "highest"}, lambda key, t: (activation(key, t, weights[0][2]),), shared)
+
+def _projection(*weights: tuple[str, int, int]) -> Case:
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return (activation(key, t, weights[0][2]),)
+
+    return Case("linear", {"precision": "highest"}, rows, lambda key: _weights(key, *weights))
+
+
+def _compressor(ratio: int, width: int, heads: int = 0) -> Case:
+    """A compressor's projections into its rings, and the weights of an indexer's heads."""
+    outputs = width * (2 if ratio == 4 else 1)
+    capacity = ratio * (2 if ratio == 4 else 1) + 7
+    others = (("F16", heads, D),) if heads else ()
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return activation(key, t, D), sequences(t), positions(t, 1000) % capacity
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        k1, k2, k3 = jax.random.split(key, 3)
+        rings = tuple(jax.random.normal(k, (1, capacity, outputs)) for k in jax.random.split(k3))
+        return _weights(k1, *others), _weights(k2, *[("F16", outputs, D)] * 2), rings
+
+    return Case("linear_store", {"precision": "highest"}, rows, shared, lambda t: 2 * D * (2 * outputs + heads))
 
 
 def _routed(formats: tuple[str, str, str]) -> Case:
@@ -67,7 +88,9 @@ PROJECTIONS: dict[str, Case] = {
     ),
     "wo_b": _projection(("Q8_0", D, 8192)),
     "head": _projection(("Q8_0", VOCAB, D)),
-    "compressor": _projection(("F16", 1024, D), ("F16", 1024, D)),
+    "compressor CSA": _compressor(4, 512),
+    "compressor HCA": _compressor(128, 512),
+    "compressor index": _compressor(4, 128, heads=64),
     "quantise": Case("quantise", {"act": "q8"}, lambda key, t: (jax.random.normal(key, (t, 8192)),), lambda key: ()),
     "experts": _routed(("IQ2_XXS", "IQ2_XXS", "Q2_K")),
     "experts Q4_K": _routed(("Q4_K", "Q4_K", "Q4_K")),

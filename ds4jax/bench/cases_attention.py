@@ -1,4 +1,4 @@
-"""Operations on the cache: stores, attention, compressors, indexer."""
+"""Operations on the cache: attention, compressors, indexer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ds4jax.bench.case import Case, positions, sequences
+from ds4jax.bench.cases_glue import RING
 
-WINDOW, RING, HEADS, WIDTH, ROTARY = 128, 135, 64, 512, 64
+WINDOW, HEADS, WIDTH, ROTARY = 128, 64, 512, 64
 TOP_K, INDEX_HEADS, INDEX_WIDTH = 512, 64, 128
 BLOCK = 64  # capacities are multiples of so many compressed rows
 
@@ -24,18 +25,6 @@ def fp4(key: Array, *shape: int, spread: int = 3) -> Array:
     values = jnp.where(jax.random.bernoulli(k2, shape=shape), magnitude, -magnitude)
     scale = jnp.exp2(jax.random.randint(k3, (*shape[:-1], shape[-1] // 32), -spread, 1).astype(jnp.float32))
     return (values.reshape(*scale.shape, 32) * scale[..., None]).reshape(shape)
-
-
-def store(width: int, dtype: Any, capacity: int) -> Case:
-    """Rows into a cache of `capacity` places."""
-
-    def rows(key: Array, t: int) -> tuple[Any, ...]:
-        return normal(key, (t, width)), sequences(t), positions(t, 1000) % capacity
-
-    def shared(key: Array) -> tuple[Any, ...]:
-        return (normal(key, (1, capacity, width)).astype(dtype),)
-
-    return Case("store", {}, rows, shared, lambda t: t * width * jnp.dtype(dtype).itemsize)
 
 
 def chosen(key: Array, seen: Array, places: int, empty: int) -> Array:
@@ -71,7 +60,7 @@ def attention(context: int, ratio: int, first: int = 0) -> Case:
     return Case("attention", settings, rows, shared, active)
 
 
-def compress(ratio: int, width: int, first: int, simulate: str) -> Case:
+def compress_store(ratio: int, width: int, first: int, simulate: str) -> Case:
     """Windows from number `first` on, each of `ratio` tokens, or twice as many where they overlap."""
     halves = 2 if ratio == 4 else 1
     both = width * halves
@@ -80,16 +69,17 @@ def compress(ratio: int, width: int, first: int, simulate: str) -> Case:
         return first + jnp.arange(t, dtype=jnp.int32), sequences(t)
 
     def shared(key: Array) -> tuple[Any, ...]:
-        k1, k2, k3, k4 = split(key, 4)
+        k1, k2, k3, k4, k5 = split(key, 5)
         ring = (1, (halves + 7) * ratio, both)
         frequencies = jnp.geomspace(1, 1e-5, ROTARY // 2, dtype=jnp.float32)
         ape, norm = normal(k3, (ratio, both)), 1 + 0.1 * normal(k4, (width,))
-        return normal(k1, ring), normal(k2, ring) * 2, ape, norm, frequencies
+        stored = normal(k5, (1, first + BLOCK, width)).astype(jnp.float16)
+        return normal(k1, ring), normal(k2, ring) * 2, ape, norm, frequencies, stored
 
     def active(t: int) -> int:
         return ((t + halves - 1) * 2 * ratio * both + ratio * both) * 4
 
-    return Case("compress", {"ratio": ratio, "eps": 1e-6, "simulate": simulate}, rows, shared, active)
+    return Case("compress_store", {"ratio": ratio, "eps": 1e-6, "simulate": simulate}, rows, shared, active)
 
 
 def indexer(context: int, ties: bool = False) -> Case:
@@ -113,19 +103,16 @@ def indexer(context: int, ties: bool = False) -> Case:
 
 
 ATTENTION: dict[str, Case] = {
-    "store ring": store(512, jnp.float16, RING),
-    "store rows of 1M": store(512, jnp.float16, 262_144),
-    "store gates": store(1024, jnp.float32, 15),
     "attention window": attention(5000, 0),
     "attention window begun": attention(20, 0, first=1),
     "attention CSA 500": attention(500, 4),
     "attention CSA 64k": attention(65_536, 4),
     "attention HCA 4k": attention(4096, 128),
     "attention HCA 1M": attention(1_048_576, 128),
-    "compress CSA first": compress(4, 512, 0, "kv"),
-    "compress CSA": compress(4, 512, 200_000, "kv"),
-    "compress index": compress(4, 128, 5000, "index"),
-    "compress HCA": compress(128, 512, 8000, "kv"),
+    "compress CSA first": compress_store(4, 512, 0, "kv"),
+    "compress CSA": compress_store(4, 512, 200_000, "kv"),
+    "compress index": compress_store(4, 128, 5000, "index"),
+    "compress HCA": compress_store(128, 512, 8000, "kv"),
     "indexer 500": indexer(500),
     "indexer 16k": indexer(16_384),
     "indexer 64k ties": indexer(65_536, ties=True),

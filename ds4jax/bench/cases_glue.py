@@ -1,4 +1,4 @@
-"""Operations between the projections: norms, rotations, hyper-connections, router.
+"""Operations between the projections: norms, rotations, raw rows, hyper-connections, router.
 
 Inputs of float dots lie on a coarse grid on which these are exact in any order, so kernel and reference must agree bit
 for bit; the cases in `BOUNDS` draw them freely.
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from ds4jax.activation import Activation
-from ds4jax.bench.case import Case, choices
+from ds4jax.bench.case import Case, choices, positions, sequences
 from ds4jax.ops import rope
 
 EPS = 1e-6
+RING = 135  # places of a ring of raw rows
 FLOATS = {"eps": EPS, "hc_eps": EPS, "precision": "highest"}
 
 normal, split = jax.random.normal, jax.random.split
@@ -56,11 +57,17 @@ def q_norm_rope(heads: int, depth: int, rotary: int) -> Case:
     return Case("q_norm_rope", {"eps": EPS}, lambda key, t: _rotated(key, t, rotary, heads, depth), lambda key: ())
 
 
-def kv_norm_rope(depth: int, rotary: int, simulate: bool = True) -> Case:
-    """Key-value rows `[T, depth]`; `simulate` rounds to the FP8 grid."""
-    settings = {"eps": EPS, "simulate": simulate}
-    rows, shared = lambda key, t: _rotated(key, t, rotary, depth), lambda key: (normal(key, (depth,)),)
-    return Case("kv_norm_rope", settings, rows, shared)
+def kv_store(depth: int, rotary: int, simulate: bool = True) -> Case:
+    """Key-value rows `[T, depth]` into a ring; `simulate` rounds to the FP8 grid."""
+
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return *_rotated(key, t, rotary, depth), sequences(t), positions(t, 1000) % RING
+
+    def shared(key: Array) -> tuple[Any, ...]:
+        k1, k2 = split(key)
+        return normal(k1, (depth,)), normal(k2, (1, RING, depth)).astype(jnp.float16)
+
+    return Case("kv_store", {"eps": EPS, "simulate": simulate}, rows, shared, lambda t: depth * 4)
 
 
 def unrotate(heads: int, depth: int, rotary: int, groups: int) -> Case:
@@ -164,8 +171,8 @@ GLUE: dict[str, Case] = {
     "norm of the query latent": norm(1024),
     "norm, float activations": norm(4096, "f32"),
     "q_norm_rope": q_norm_rope(64, 512, 64),
-    "kv_norm_rope": kv_norm_rope(512, 64),
-    "kv_norm_rope, no FP8": kv_norm_rope(512, 64, simulate=False),
+    "kv_store": kv_store(512, 64),
+    "kv_store, no FP8": kv_store(512, 64, simulate=False),
     "unrotate": unrotate(64, 512, 64, groups=8),
     "hyper_pre": hyper_pre(4, 4096),
     "hyper_pre, sum of squares": hyper_pre(4, 4096, kind="one"),

@@ -7,12 +7,10 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ds4jax import ops
 from ds4jax.bench.case import Case
 from ds4jax.bench.cases import CASES
 from ds4jax.bench.device_time import device_times
@@ -67,25 +65,25 @@ def time_case(name: str, case: Case, num: Numerics, rows: int) -> list[Timing]:
     active = case.active(rows) if case.active else size
     copies = max(1, min(8, math.ceil(ROTATED / max(active, 1)))) if size < ROTATED else 1
     make = jax.jit(case.shared)
-    shared = [make(jax.random.key(i)) for i in range(copies)]
+    shared = [case.parted(make(jax.random.key(i))) for i in range(copies)]
+    weights, caches = [read for read, _ in shared], [written for _, written in shared]
     # Rotated rows choose other experts, so that large weights need no copies.
     inputs = [jax.jit(case.rows, static_argnums=1)(jax.random.key(100 + i), rows) for i in range(8)]
     live = Live.all(rows)
 
-    @functools.partial(jax.jit, compiler_options=num.compiler_options)
-    def call(live: Live, row_args: Any, weights: Any) -> Any:
-        return ops.call(case.op, num, live, row_args, weights, **case.settings)
+    # Donated, as in a decode step, for caches to be written in place.
+    call = jax.jit(functools.partial(case.call, num), compiler_options=num.compiler_options, donate_argnums=3)
 
-    jax.block_until_ready(call(live, inputs[0], shared[0]))
+    def run(calls: int) -> None:
+        outs = []
+        for i in range(calls):
+            out, caches[i % copies] = call(live, inputs[i % 8], weights[i % copies], caches[i % copies])
+            outs.append(out)
+        jax.block_until_ready((outs, caches))
+
+    run(1)
     calls = 8 * REPEATS
-
-    def run() -> None:
-        outs = [call(live, inputs[i % 8], shared[i % copies]) for i in range(calls)]
-        jax.block_until_ready(outs)
-
-    means = {kernel: sum(times) / calls for kernel, times in device_times(run).items()}
-    if case.op == "store":  # in place only where the cache is donated: here a copy of it comes first
-        means = {kernel: mean for kernel, mean in means.items() if "store" in kernel}
+    means = {kernel: sum(times) / calls for kernel, times in device_times(lambda: run(calls)).items()}
     parts = sorted(means.items(), key=lambda item: -item[1])
     lines = [*parts, ("all", sum(means.values()))] if len(parts) > 1 else parts
     return [Timing(name, rows, kernel, mean, active) for kernel, mean in lines]

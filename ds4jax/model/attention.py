@@ -7,6 +7,7 @@ whole sequences from position 0, no cache, differentiable, the same weights and 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import CompressorCache, LayerCache, Rows
 from ds4jax.ops.attention import attention_sequence, index_query, index_scores
 from ds4jax.ops.compress import compress_sequence
+from ds4jax.ops.rope import kv_norm_rope
 from ds4jax.ops.rows import Live
 
 
@@ -36,24 +38,31 @@ class Compressor(Layer):
         self.ape = self.weight("ape", self.ratio, both, init=nn.initializers.zeros)
         self.norm_weight = self.weight("norm", self.width)
 
-    def __call__(self, a: Activation, rows: Rows, cache: CompressorCache, frequencies: Array) -> CompressorCache:
-        """Stores the projections of every row and the compressed rows that these complete."""
-        place = rows.position % cache.values.shape[1]
-        value, gate = self.linears(a, (self.wkv, self.wgate), rows.live)
-        values = self.store(cache.values, rows.sequence, place, rows.live, value)
-        gates = self.store(cache.gates, rows.sequence, place, rows.live, gate)
+    def __call__(
+        self, a: Activation, rows: Rows, cache: CompressorCache, frequencies: Array, *others: Any
+    ) -> tuple[tuple[Float[Array, "T _"], ...], CompressorCache]:
+        """Stores the projections of every row and the compressed rows that these complete.
+
+        `others` are weights that read the same input; their products are returned.
+        """
+        results, (values, gates) = self.op(
+            "linear_store",
+            rows.live,
+            (a, rows.sequence, rows.position % cache.values.shape[1]),
+            (others, (self.wkv, self.wgate), (cache.values, cache.gates)),
+            precision=self.numerics.precision,
+        )
         emitted = self._windows(rows, cache.rows.shape[0])
-        fresh = self.op(
-            "compress",
+        stored = self.op(
+            "compress_store",
             emitted.live,
             (emitted.position, emitted.sequence),
-            (values, gates, self.ape, self.norm_weight, frequencies),
+            (values, gates, self.ape, self.norm_weight, frequencies, cache.rows),
             ratio=self.ratio,
             eps=self.config.rms_norm_eps,
             simulate=self.simulate,
         )
-        stored = self.store(cache.rows, emitted.sequence, emitted.position, emitted.live, fresh)
-        return CompressorCache(values, gates, stored)
+        return results, CompressorCache(values, gates, stored)
 
     def _windows(self, rows: Rows, batch: int) -> Rows:
         """Windows that the rows of a call complete; `position` holds the window index."""
@@ -94,9 +103,8 @@ class Indexer(Layer):
         self, a: Activation, latent: Activation, rows: Rows, cache: CompressorCache, table: Table, frequencies: Array
     ) -> tuple[Int[Array, "T k"], CompressorCache]:
         c = self.config
-        cache = self.compressor(a, rows, cache, frequencies)
+        (weights,), cache = self.compressor(a, rows, cache, frequencies, self.w)
         q = self.linear(latent, self.wq_b, rows.live).reshape(-1, c.index_n_heads, c.index_head_dim)
-        weights = self.linear(a, self.w, rows.live)
         ids = self.op(
             "indexer",
             rows.live,
@@ -165,23 +173,27 @@ class Attention(Layer):
     def project(
         self, a: Activation, live: Live, table: Table
     ) -> tuple[Activation, Float[Array, "T N d"], Float[Array, "T d"]]:
-        """The normed query latent, which the indexer shares, the finished queries, and raw rows before storage."""
+        """The normed query latent, which the indexer shares, the finished queries, and the raw rows to finish.
+
+        Compressor and indexer have launches of their own: on a GPU they run beside this, which is longer.
+        """
         c = self.config
         low, kv = self.linears(a, (self.wq_a, self.wkv), live)
         latent = self.normed(low, self.q_norm, live)
         q = self.linear(latent, self.wq_b, live).reshape(-1, c.num_attention_heads, c.head_dim)
-        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), self.keys(kv, live, table)
+        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), kv
 
-    def keys(self, kv: Float[Array, "T d"], live: Live, table: Table) -> Float[Array, "T d"]:
-        """Finished raw rows of projected ones."""
-        return self.op(
-            "kv_norm_rope",
-            live,
-            (kv, *table),
-            (self.kv_norm,),
+    def keys(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
+        """Finishes projected raw rows and stores them."""
+        raw = self.op(
+            "kv_store",
+            rows.live,
+            (kv, *table, rows.sequence, rows.position % cache.raw.shape[1]),
+            (self.kv_norm, cache.raw),
             eps=self.config.rms_norm_eps,
             simulate=self.numerics.sim_kv,
         )
+        return dataclasses.replace(cache, raw=raw)
 
     def output(self, o: Float[Array, "T N d"], live: Live, table: Table) -> Float[Array, "T D"]:
         """Takes the rotation of the values back and projects."""
@@ -191,11 +203,7 @@ class Attention(Layer):
 
     def append(self, a: Activation, rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
         """Stores the raw rows alone."""
-        return self._stored(self.keys(self.linear(a, self.wkv, rows.live), rows.live, table), rows, cache)
-
-    def _stored(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache) -> LayerCache:
-        place = rows.position % cache.raw.shape[1]
-        return dataclasses.replace(cache, raw=self.store(cache.raw, rows.sequence, place, rows.live, kv))
+        return self.keys(self.linear(a, self.wkv, rows.live), rows, cache, table)
 
     def __call__(
         self, a: Activation, rows: Rows, cache: LayerCache, table: Table, frequencies: Array, first: int = 0
@@ -203,11 +211,11 @@ class Attention(Layer):
         """`first` is the lowest position that holds a raw row: 1 for the MTP block, whose rows need a predecessor."""
         c = self.config
         latent, q, kv = self.project(a, rows.live, table)
-        cache = self._stored(kv, rows, cache)
+        cache = self.keys(kv, rows, cache, table)
         ids, visible, compressed = None, None, None
         if self.ratio:
             assert cache.compressor is not None, "a compressed layer needs a compressor cache"
-            state = self.compressor(a, rows, cache.compressor, frequencies)
+            _, state = self.compressor(a, rows, cache.compressor, frequencies)
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
             visible = rows.visible(self.ratio)
         if self.ratio == CSA_RATIO:
@@ -232,6 +240,7 @@ class Attention(Layer):
         c, (batch, s, _) = self.config, x.shape
         live = Live.all(batch * s)
         latent, q, kv = self.project(self.quantised(x.reshape(batch * s, -1), live), live, table)
+        kv = kv_norm_rope(kv, *table, self.kv_norm, eps=c.rms_norm_eps, simulate=self.numerics.sim_kv)
         kv = kv.reshape(batch, s, -1)
         compressed, selected = jnp.zeros((batch, 0, c.head_dim)), jnp.zeros((batch, s, 0), bool)
         scores = None

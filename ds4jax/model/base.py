@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ds4jax import ops
 from ds4jax.activation import Activation
@@ -54,14 +54,3 @@ class Layer(nn.Module):
     def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Activation:
         """Weighted RMS norm, ready for projections."""
         return self.op("norm", live, (x,), (weight,), eps=self.config.rms_norm_eps, act=self.numerics.act)
-
-    def store(
-        self,
-        target: Float[Array, "B cap e"],
-        sequence: Int[Array, " T"],
-        place: Int[Array, " T"],
-        live: Live,
-        rows: Float[Array, "T e"],
-    ) -> Float[Array, "B cap e"]:
-        """The target with the live rows at `[sequence, place]`."""
-        return self.op("store", live, (rows, sequence, place), (target,))

@@ -3,7 +3,8 @@
 An operation has two: the reference in plain XLA, defined in the modules of this package, and the kernel of the same
 name in `ds4jax.pallas`, which may also be interpreted. Where the order of all sums is defined (`ops.sums`) they agree
 bit for bit. Operations take arrays over T rows and `live`, which of them exist; results of absent rows are unspecified.
-Each is traced once per shape, whatever the number of layers.
+Those that write a cache do so in place where it is donated. Each is traced once per shape, whatever the number of
+layers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import jax
 from ds4jax import pallas
 from ds4jax.config import Numerics
 from ds4jax.ops import attention as _attention
-from ds4jax.ops import compress as _compress
 from ds4jax.ops import hyper as _hyper
 from ds4jax.ops import linear as _linear
 from ds4jax.ops import moe as _moe
@@ -35,30 +35,32 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "grouped_linear": _linear.grouped_linear,
     "rope_table": _rope.rope_table,
     "q_norm_rope": _rope.q_norm_rope,
-    "kv_norm_rope": _rope.kv_norm_rope,
     "unrotate": _rope.unrotate,
-    "store": _store.store,
     "hyper_pre": _hyper.hyper_pre,
     "hyper_post": _hyper.hyper_post,
     "hyper_head": _hyper.hyper_head,
     "router": _moe.route,
     "routed_experts": _moe.routed_experts,
     "shared_expert": _moe.shared_expert,
-    "compress": _compress.compress,
     "indexer": _attention.indexer,
     "attention": _attention.attention,
 }
 
+WRITERS: dict[str, Callable[..., Any]] = {
+    "linear_store": _store.linear_store,
+    "kv_store": _store.kv_store,
+    "compress_store": _store.compress_store,
+}
+"""References of those that write rows into a cache: into their last shared argument, which their result ends with."""
+
 
 def _reference(name: str, num: Numerics, live: Live, rows: Any, shared: Any, settings: dict[str, Any]) -> Any:
-    function = functools.partial(_REFERENCE[name], **settings)
-    if name == "store":
-        return function(live, *rows, *shared)
+    def each(function: Callable[..., Any], *rows: Any) -> Any:
+        return map_rows(function, live, *rows) if num.rows == "loop" else function(*rows)
 
-    def call(*row_args: Any) -> Any:
-        return function(*row_args, *shared)
-
-    return map_rows(call, live, *rows) if num.rows == "loop" else call(*rows)
+    if name in WRITERS:
+        return WRITERS[name](live, each, *rows, *shared, **settings)
+    return each(lambda *rows: _REFERENCE[name](*rows, *shared, **settings), *rows)
 
 
 def implementation(num: Numerics, name: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from ds4jax.pallas import attention as _attention
 from ds4jax.pallas import compress as _compress
 from ds4jax.pallas import embed as _embed
@@ -19,14 +21,14 @@ from ds4jax.pallas import norm as _norm
 from ds4jax.pallas import quantise as _quantise
 from ds4jax.pallas import rope as _rope
 from ds4jax.pallas import router as _router
-from ds4jax.pallas import store as _store
 from ds4jax.pallas.formats import FORMATS
 from ds4jax.quants import QTensor
 
 
 def reads(weights: tuple[Any, ...]) -> bool:
     """Whether the kernels read the formats of all quantised weights among some arguments."""
-    return all(w.format in FORMATS for w in weights if isinstance(w, QTensor))
+    leaves = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, QTensor))
+    return all(w.format in FORMATS for w in leaves if isinstance(w, QTensor))
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -35,18 +37,18 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "norm": _norm.norm,
     "quantise": _quantise.quantise,
     "linear": _linear.linear,
+    "linear_store": _linear.linear_store,
     "grouped_linear": _linear.grouped_linear,
     "routed_experts": _experts.routed_experts,
     "shared_expert": _experts.shared_expert,
     "q_norm_rope": _rope.q_norm_rope,
-    "kv_norm_rope": _rope.kv_norm_rope,
+    "kv_store": _rope.kv_store,
     "unrotate": _rope.unrotate,
     "hyper_pre": _hyper.hyper_pre,
     "hyper_post": _hyper.hyper_post,
     "hyper_head": _hyper.hyper_head,
     "router": _router.route,
-    "store": _store.store_rows,
-    "compress": _compress.compress,
+    "compress_store": _compress.compress_store,
     "indexer": _indexer.indexer,
     "attention": _attention.attention,
 }

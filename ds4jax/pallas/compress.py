@@ -1,4 +1,4 @@
-"""Compressors: pooling of completed windows, then norm, rotation and simulated format."""
+"""Compressors: pooling of completed windows, then norm, rotation and simulated format, written to the cache."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def _pool(
 
 def _finish(
     ptx: Instructions,
+    rows: Any,
     live: Any,
     window: Any,
+    sequence: Any,
     pooled: Any,
     norm: Any,
     frequencies: Any,
@@ -75,7 +77,7 @@ def _finish(
     """`size` features of a row; every program adds up the squares of the whole row."""
     row, part = pl.program_id(0), pl.program_id(1)
     width, tail = pooled.shape[1], pooled.shape[1] - 2 * frequencies.shape[0]
-    exists, index = live[row], window[row]
+    exists, index, b = live[row], window[row], sequence[row]
 
     @pl.when(exists != 0)
     def _() -> None:
@@ -96,10 +98,10 @@ def _finish(
         y = jnp.where(rotated, turned, y)
         if simulate == "index":
             y = fp4_round_trip(ptx, hadamard(y))
-        store(out, y, row, place, mask=inside)
+        store(out, y.astype(out.dtype), b, index, place, mask=inside)
 
 
-def compress(
+def compress_store(
     live: Array,
     window: Array,
     sequence: Array,
@@ -108,15 +110,15 @@ def compress(
     ape: Array,
     norm: Array,
     frequencies: Array,
+    rows: Array,
     *,
     ratio: int,
     eps: float,
     simulate: str,
     interpret: bool,
 ) -> Array:
-    """Kernel of `ops.compress.compress`."""
+    """Kernel of `ops.store.compress_store`."""
     total, width = window.shape[0], norm.shape[0]
-    shape = jax.ShapeDtypeStruct((total, width), f32)
     mask = live.astype(i32)
 
     candidates = 2 * ratio if ratio == CSA_RATIO else ratio
@@ -127,7 +129,7 @@ def compress(
 
     pooled = launch(
         pool,
-        shape,
+        jax.ShapeDtypeStruct((total, width), f32),
         (total, -(-width // features)),
         mask,
         window,
@@ -146,14 +148,17 @@ def compress(
 
     return launch(
         finish,
-        shape,
+        jax.ShapeDtypeStruct(rows.shape, rows.dtype),
         (total, -(-width // size)),
+        rows,
         mask,
         window,
+        sequence,
         pooled,
         norm,
         frequencies,
-        name="compress",
+        name="compress_store",
         warps=1,
         interpret=interpret,
+        aliases={0: 0},
     )

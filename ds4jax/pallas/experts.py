@@ -21,11 +21,11 @@ from ds4jax.pallas.formats import FORMATS, planes, steps
 from ds4jax.pallas.linear import (
     Dots,
     activation_planes,
-    each_row,
     form,
     lane_sums,
     project,
     row_numbers,
+    row_sums,
     row_tiles,
     tile_rows,
 )
@@ -160,11 +160,10 @@ def shared_expert(
         gate = _dots(ptx, (format1, w1), width, (), chosen, acts[forms[0]])
         up = _dots(ptx, (format3, w3), width, (), chosen, acts[forms[1]])
 
-        def done(m: Any, values: list[Array]) -> None:
+        ms = row_numbers(total)
+        for m, values in zip(ms, row_sums(ptx, [gate, up], ms), strict=True):
             for row, g, u in zip(chosen, values[:tile], values[tile:], strict=True):
                 out[m, row] = _swiglu(g, u, limit)
-
-        each_row(ptx, row_numbers(total), [gate, up], done)
 
     hidden = launch(
         kernel,

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
-from ds4jax.pallas.ptx import Instructions, f32, launch
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, store
 from ds4jax.pallas.quantise import act_q8k
+from ds4jax.pallas.rows import ring_place
 from ds4jax.quants import QTensor
 
 ROWS = 8  # activation rows of a program
@@ -98,16 +99,13 @@ def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
     return totals
 
 
-def each_row(
-    ptx: Instructions, ms: Sequence[Any], weights: Sequence[Dots], done: Callable[[Any, list[Array]], None]
-) -> None:
-    """Calls `done` with each activation row and its sums.
+def row_sums(ptx: Instructions, weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
+    """Sums for each activation row and each weight row.
 
     Absent rows are computed like others: a branch that waits for the mask costs more than their arithmetic, since the
     weights are read anyway.
     """
-    for m, lanes in zip(ms, lane_sums(weights, ms), strict=True):
-        done(m, [ptx.tree_sum(x) for x in lanes])
+    return [[ptx.tree_sum(x) for x in lanes] for lanes in lane_sums(weights, ms)]
 
 
 def project(
@@ -119,6 +117,8 @@ def project(
     *,
     name: str,
     interpret: bool,
+    where: tuple[Array, Array, Array] | None = None,
+    rings: Sequence[Array] = (),
 ) -> tuple[Array, ...]:
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
@@ -126,28 +126,30 @@ def project(
         live: which activation rows exist `[T]`.
         total: output rows.
         act_row: (output row, weight row, N) -> activation row.
+        where: which output rows exist (i32), their sequence, and their place in the rings.
+        rings: take the products of the last weights, in their memory.
     """
     tiles = row_tiles(total)[1]
     read = [planes(w) for w in ws]
     sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
     forms = [form(format, a) for format, _ in read]
     programs = [n // tile for n, tile in sizes]
+    returned = len(ws) - len(rings)
 
-    def kernel(ptx: Instructions, acts: Any, weights: Any, *outs: Any) -> None:
+    def kernel(ptx: Instructions, rings: Any, where: Any, acts: Any, weights: Any, *outs: Any) -> None:
         column, ms = pl.program_id(1), row_numbers(total)
 
         def segment(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
             act, out = acts[forms[index]], outs[index]
+            targets = [(None, (m,)) if index < returned else ring_place(where, m) for m in ms]
             chosen = [(column - begin) * tile + i for i in range(tile)]
             reads = [functools.partial(FORMATS[format].read, ptx, weights[index], (row,)) for row in chosen]
             dots = Dots(steps(format, width), reads, lambda i, m: (act, act_row(m, chosen[i], n)))
 
-            def done(m: Any, values: list[Array]) -> None:
+            for (exists, target), values in zip(targets, row_sums(ptx, [dots], ms), strict=True):
                 for row, value in zip(chosen, values, strict=True):
-                    out[m, row] = value
-
-            each_row(ptx, ms, [dots], done)
+                    store(out, value.astype(out.dtype), *target, row, mask=exists)
 
         begin = 0
         for index, count in enumerate(programs):
@@ -158,21 +160,51 @@ def project(
                 pl.when(here)(functools.partial(segment, index, begin))
             begin += count
 
+    shapes = [jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes[:returned]]
     return launch(
         kernel,
-        tuple(jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes),
+        (*shapes, *(jax.ShapeDtypeStruct(ring.shape, ring.dtype) for ring in rings)),
         (tiles, sum(programs)),
+        tuple(rings),
+        where,
         activation_planes(live, a, set(forms), interpret),
         [arrays for _, arrays in read],
         name=name,
         warps=1,
         interpret=interpret,
+        aliases={i: returned + i for i in range(len(rings))},
     )
 
 
 def linear(live: Array, a: Activation, *ws: Array | QTensor, interpret: bool) -> tuple[Array, ...]:
     """Kernel of `ops.linear.linear`."""
     return project(live, a, live.shape[0], ws, lambda m, row, n: m, name="linear", interpret=interpret)
+
+
+def linear_store(
+    live: Array,
+    a: Activation,
+    sequence: Array,
+    place: Array,
+    returned: tuple[Array | QTensor, ...],
+    stored: tuple[Array | QTensor, ...],
+    rings: tuple[Array, ...],
+    *,
+    interpret: bool,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Kernel of `ops.store.linear_store`."""
+    results = project(
+        live,
+        a,
+        live.shape[0],
+        (*returned, *stored),
+        lambda m, row, n: m,
+        name="linear_store",
+        interpret=interpret,
+        where=(live.astype(i32), sequence, place),
+        rings=rings,
+    )
+    return results[: len(returned)], results[len(returned) :]
 
 
 def grouped_linear(live: Array, a: Activation, w: Array | QTensor, *, interpret: bool) -> Array:

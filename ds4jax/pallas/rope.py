@@ -18,7 +18,7 @@ from ds4jax.activation import Q8, Activation
 from ds4jax.pallas.norm import inverse_rms, row_shapes
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
 from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import part_size, when_live
+from ds4jax.pallas.rows import part_size, ring_place, when_live
 from ds4jax.pallas.simulate import FP8_BLOCK, fp8_round_trip
 
 PART = 256  # features that a program of `unrotate` takes
@@ -60,16 +60,24 @@ def norm_rope(
     simulate: bool,
     name: str,
     interpret: bool,
+    where: tuple[Array, Array, Array] | None = None,
+    ring: Array | None = None,
 ) -> Array:
-    """Norm and rotation of rows `[M, d]`, M a multiple of the rows of the table; `size` features a program."""
+    """Norm and rotation of rows `[M, d]`, M a multiple of the rows of the table; `size` features a program.
+
+    With a ring, rows go into its memory; `where`: which of them exist (i32), their sequence and place.
+    """
     rows, width = x.shape
     heads, tail = rows // cos.shape[0], width - 2 * cos.shape[1]
 
-    def kernel(ptx: Instructions, live: Any, x: Any, cos: Any, sin: Any, weight: Any, out: Any) -> None:
+    def kernel(
+        ptx: Instructions, ring: Any, live: Any, where: Any, x: Any, cos: Any, sin: Any, weight: Any, out: Any
+    ) -> None:
         row, part = pl.program_id(0), pl.program_id(1)
 
         @when_live(live, row // heads)
         def _() -> None:
+            exists, target = (True, (row,)) if where is None else ring_place(where, row)
             place = part * size + jnp.arange(size, dtype=i32)
             offset = place - tail
             inside = place < width
@@ -83,13 +91,15 @@ def norm_rope(
             y, partner = (functools.reduce(jnp.multiply, [v * scale, *weights]) for v, *weights in (own, other))
             turned = turn(y, partner, c, s)
             y = jnp.where(offset >= 0, turned, fp8_round_trip(ptx, y) if simulate else y)
-            store(out, y, row, place, mask=inside)
+            store(out, y.astype(out.dtype), *target, place, mask=inside & exists)
 
     return launch(
         kernel,
-        jax.ShapeDtypeStruct(x.shape, f32),
+        jax.ShapeDtypeStruct(x.shape, f32) if ring is None else jax.ShapeDtypeStruct(ring.shape, ring.dtype),
         (rows, -(-width // size)),
+        ring,
         live.astype(i32),
+        where,
         x,
         cos,
         sin,
@@ -97,6 +107,7 @@ def norm_rope(
         name=name,
         warps=1,
         interpret=interpret,
+        aliases=None if ring is None else {0: 0},
     )
 
 
@@ -109,20 +120,34 @@ def q_norm_rope(live: Array, q: Array, cos: Array, sin: Array, *, eps: float, in
     return out.reshape(q.shape)
 
 
-def kv_norm_rope(
+def kv_store(
     live: Array,
     kv: Array,
     cos: Array,
     sin: Array,
+    sequence: Array,
+    place: Array,
     weight: Array,
+    ring: Array,
     *,
     eps: float,
     simulate: bool,
     interpret: bool,
 ) -> Array:
-    """Kernel of `ops.rope.kv_norm_rope`: a program per block of the FP8 grid."""
+    """Kernel of `ops.store.kv_store`: a program per block of the FP8 grid."""
     return norm_rope(
-        live, kv, cos, sin, weight, size=FP8_BLOCK, eps=eps, simulate=simulate, name="kv_norm_rope", interpret=interpret
+        live,
+        kv,
+        cos,
+        sin,
+        weight,
+        size=FP8_BLOCK,
+        eps=eps,
+        simulate=simulate,
+        name="kv_store",
+        interpret=interpret,
+        where=(live.astype(i32), sequence, place),
+        ring=ring,
     )
 
 

@@ -26,6 +26,15 @@ def when_live(live: Any, row: Any) -> Callable[[Callable[[], None]], None]:
     return pl.when(live[row] != 0)
 
 
+def ring_place(where: tuple[Any, Any, Any], row: Any) -> tuple[Any, tuple[Any, Any]]:
+    """Whether a row of a call exists, and its sequence and place in a ring, from arrays of the three.
+
+    Call it before anything is stored.
+    """
+    live, sequence, place = where
+    return live[row] != 0, (sequence[row], place[row])
+
+
 def part_size(width: int, most: int) -> int:
     """Largest power of two up to `most` that divides a row into equal parts."""
     return min(width & -width, most)
