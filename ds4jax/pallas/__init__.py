@@ -20,6 +20,7 @@ from ds4jax.pallas import quantise as _quantise
 from ds4jax.pallas import rope as _rope
 from ds4jax.pallas import router as _router
 from ds4jax.pallas import store as _store
+from ds4jax.pallas import streams as _streams
 from ds4jax.pallas.formats import FORMATS
 from ds4jax.quants import QTensor
 
@@ -41,9 +42,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "q_norm_rope": _rope.q_norm_rope,
     "kv_norm_rope": _rope.kv_norm_rope,
     "unrotate": _rope.unrotate,
-    "hyper_pre": _hyper.hyper_pre,
-    "hyper_post": _hyper.hyper_post,
-    "hyper_head": _hyper.hyper_head,
+    "hyper_enter": _hyper.hyper_enter,
+    "hyper_post": _streams.hyper_post,
+    "hyper_leave": _hyper.hyper_leave,
     "router": _router.route,
     "store": _store.store_rows,
     "compress": _compress.compress,
