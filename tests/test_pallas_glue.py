@@ -24,7 +24,7 @@ SMALL = {
     "hyper_enter": cases.hyper_enter(2, 256, iters=2),
     "hyper_enter, odd": cases.hyper_enter(3, 24, iters=3),
     "hyper_enter, parts of a stream": cases.hyper_enter(2, 2048, iters=2, kind="one"),
-    "hyper_enter, streams in a part": cases.hyper_enter(3, 384, iters=3, kind="one"),
+    "hyper_enter, streams in a part": cases.hyper_enter(2, 640, iters=2, kind="one"),
     "hyper_enter, nothing pending": cases.hyper_enter(2, 1024, iters=2, kind="one", pending=False),
     "hyper_post": cases.hyper_post(4, 256),
     "hyper_leave": cases.hyper_leave(4, 512),

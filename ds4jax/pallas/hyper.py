@@ -17,13 +17,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ds4jax.activation import Q8, Activation
-from ds4jax.pallas.norm import inverse_rms_of, row_shapes, row_steps
+from ds4jax.pallas.norm import row_shapes
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
 from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import ROWS, add_in_tree, part_size, pick, when_live
+from ds4jax.pallas.rows import LANES, ROWS, add_in_tree, part_size, pick, when_live
 from ds4jax.pallas.streams import Pending, collapse, hyper_mix
 
 PART = 512  # features that a program writes
+STEPS = 8  # of the sum of squares that a program loads at once
 WARPS = 4  # a lane of each has one running sum of squares
 
 Matrix = list[list[Array]]
@@ -71,6 +72,27 @@ def logits(leaves: Any, scale: Any, base: Any, row: Any, width: int, eps: float)
     return total * lax.rsqrt(mean + jnp.float32(eps)) * factor + offset
 
 
+def mean_of_squares(ptx: Instructions, x: Any, row: Any, weights: list[Array]) -> Array:
+    """Of the collapse of a row, with the sum of `ops.norm.rms_norm`."""
+    h, depth = x.shape[1:]
+    lanes = min(LANES, next_power(depth))
+    count = -(-depth // lanes)
+    steps = max(n for n in range(1, STEPS + 1) if count % n == 0)
+
+    def more(turn: Any, total: Array) -> Array:
+        places = [(turn * steps + n) * lanes + jnp.arange(lanes, dtype=i32) for n in range(steps)]
+        masks = [None if depth % lanes == 0 else place < depth for place in places]
+        loaded = [
+            [load(x, row, k, place, mask=mask, early=True) for k in range(h)]
+            for place, mask in zip(places, masks, strict=True)
+        ]
+        values = [collapse(streams, weights) for streams in loaded]
+        return functools.reduce(jnp.add, [v * v for v in values], total)
+
+    total = lax.fori_loop(0, count // steps, more, jnp.zeros(lanes, f32))
+    return ptx.tree_sum(total) * jnp.float32(1 / depth)
+
+
 def _normed(
     live: Array,
     x: Array,
@@ -97,22 +119,18 @@ def _normed(
     ) -> None:
         row, part = pl.program_id(0), pl.program_id(1) - extra
 
-        def collapsed() -> None:
-            place, steps = pl.ds(part * size, size), row_steps(depth)
-            whole = [[load(x, row, k, s.index, mask=s.mask, early=True) for k in range(h)] for s in steps]
-            own = [load(x, row, k, place, early=True) for k in range(h)]
-            factor = load(weight, place, early=True)
-            gates = sigmoid(logits(leaves, scale, base, row, h * depth, eps))
+        def collapsed(values: Array) -> None:
+            place, gates = pl.ds(part * size, size), sigmoid(values)
             weights = [pick(gates, k) + jnp.float32(hc_eps) for k in range(h)]
-            inverse = inverse_rms_of(ptx, [collapse(step, weights) for step in whole], depth, eps)
+            own, factor = [load(x, row, k, place, early=True) for k in range(h)], load(weight, place, early=True)
+            inverse = lax.rsqrt(mean_of_squares(ptx, x, row, weights) + jnp.float32(eps))
             normed = collapse(own, weights) * inverse * factor
             store(y, normed, row, place)
             if coded:
                 store_q8(ptx, outs[0], outs[1], normed, row, part * (size // 32))
 
-        def returning(iters: int) -> None:
-            post, mixing = outs[-2:]
-            values, lane = logits(leaves, scale, base, row, h * depth, eps), jnp.arange(lanes, dtype=i32)
+        def returning(values: Array, iters: int) -> None:
+            (post, mixing), lane = outs[-2:], jnp.arange(lanes, dtype=i32)
             store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
             # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
             tile = (max(32, next_power(h * h)),)
@@ -125,11 +143,12 @@ def _normed(
 
         @when_live(live, row)
         def _() -> None:
+            values = logits(leaves, scale, base, row, h * depth, eps)
             if iters is None:
-                collapsed()
+                collapsed(values)
             else:
-                pl.when(part >= 0)(collapsed)
-                pl.when(part < 0)(functools.partial(returning, iters))
+                pl.when(part >= 0)(functools.partial(collapsed, values))
+                pl.when(part < 0)(functools.partial(returning, values, iters))
 
     numbers = tuple(jax.ShapeDtypeStruct((rows, n), f32) for n in (h, h * h))
     y, *outs = launch(

@@ -22,17 +22,8 @@ PART = 256  # values that a program writes
 def inverse_rms(ptx: Instructions, x: Any, row: Any, eps: float) -> Array:
     """`rsqrt(mean(x^2) + eps)` of one row of `x [M, K]`, with the sum of `ops.norm.rms_norm`."""
     width = x.shape[1]
-    return inverse_rms_of(ptx, [step.load(x, row) for step in row_steps(width)], width, eps)
-
-
-def row_steps(width: int) -> list[Lanes]:
-    """The steps along a row in which its squares are added up."""
     lanes = min(LANES, next_power(width))
-    return [Lanes(start, lanes, width) for start in range(0, width, lanes)]
-
-
-def inverse_rms_of(ptx: Instructions, steps: list[Array], width: int, eps: float) -> Array:
-    """`inverse_rms` of a row in registers, in `row_steps`."""
+    steps = [Lanes(start, lanes, width).load(x, row) for start in range(0, width, lanes)]
     total = functools.reduce(jnp.add, [v * v for v in steps])
     return lax.rsqrt(ptx.tree_sum(total) * jnp.float32(1 / width) + jnp.float32(eps))
 
