@@ -135,6 +135,17 @@ def trunk_slots(config: ModelConfig) -> Iterator[Slot]:
         yield from _layer(f"blk.{layer}.", (f"layers_{layer}",), config, ratio, config.is_hash_layer(layer))
 
 
+def mtp_slots(config: ModelConfig) -> Iterator[Slot]:
+    """Slots of every tensor of a separate MTP file in DeepSeek's naming."""
+    D = config.hidden_size
+    yield from _layer("mtp.0.", ("mtp", "layer"), config, ratio=0, hashed=False)
+    for name in ("enorm", "hnorm", "norm"):
+        yield _slot(f"mtp.0.{name}.weight", ("mtp", name), "vector", D)
+    for name in ("e_proj", "h_proj"):
+        yield _slot(f"mtp.0.{name}.weight", ("mtp", name), "matrix", D, D)
+    yield from _hc_head("mtp.0.hc_head_", ("mtp", "hc_head"), config)
+
+
 def _mtp(file: GGUF, config: ModelConfig, own_head: bool) -> tuple[list[Slot], dict[ParamPath, ParamPath]]:
     """Slots of the MTP block in `file`, and the parameters that it shares with the trunk.
 
@@ -143,9 +154,10 @@ def _mtp(file: GGUF, config: ModelConfig, own_head: bool) -> tuple[list[Slot], d
     """
     D = config.hidden_size
     prefix = mtp_prefix(file)
-    assert prefix is not None
+    if prefix == "mtp.0":
+        return list(mtp_slots(config)), {}
     slots = list(_layer(f"{prefix}.", ("mtp", "layer"), config, ratio=0, hashed=False))
-    extra = f"{prefix}." if prefix == "mtp.0" else f"{prefix}.nextn."
+    extra = f"{prefix}.nextn."
     for name in ("enorm", "hnorm"):
         slots.append(_slot(f"{extra}{name}.weight", ("mtp", name), "vector", D))
     if f"{extra}eh_proj.weight" in file.tensors:
@@ -153,9 +165,6 @@ def _mtp(file: GGUF, config: ModelConfig, own_head: bool) -> tuple[list[Slot], d
         slots.append(Slot(f"{extra}eh_proj.weight", paths, "matrix", (D, 2 * D)))
     else:
         slots += [_slot(f"{extra}{name}.weight", ("mtp", name), "matrix", D, D) for name in ("e_proj", "h_proj")]
-    if prefix == "mtp.0":
-        slots.append(_slot("mtp.0.norm.weight", ("mtp", "norm"), "vector", D))
-        return [*slots, *_hc_head("mtp.0.hc_head_", ("mtp", "hc_head"), config)], {}
     shared: dict[ParamPath, ParamPath] = {}
     if f"{extra}shared_head_norm.weight" in file.tensors:
         slots.append(_slot(f"{extra}shared_head_norm.weight", ("mtp", "norm"), "vector", D))

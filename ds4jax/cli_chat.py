@@ -61,7 +61,7 @@ def chat(
         speculative=speculative,
     )
     from ds4jax.chat_profile import Thinking, check_profile, detect_profile, effort_level
-    from ds4jax.cli_talk import Talk
+    from ds4jax.cli_talk import CONTEXT, Talk
     from ds4jax.cli_terminal import Piped, Terminal
     from ds4jax.decode.sampling import Sampling
 
@@ -75,7 +75,7 @@ def chat(
     # The demonstration model has never seen reasoning; it would not find its end.
     thinking = Thinking(level is not None and (not is_demo if think is None else think), level or "high")
     talk = Talk(
-        load_engine(run),
+        load_engine(run, default_context=CONTEXT),
         profile=profile,
         thinking=thinking,
         sampling=sampling,

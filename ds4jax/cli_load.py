@@ -6,11 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds4jax.errors import ConfigError
-
 if TYPE_CHECKING:
     from ds4jax.checkpoint import GGUF
-    from ds4jax.config import Numerics
     from ds4jax.engine import Engine
     from ds4jax.runconfig import RunConfig
 
@@ -35,26 +32,14 @@ def open_model(model: Path | None) -> GGUF:
     return open_demo() if model is None else open_gguf(model)
 
 
-def _check_compiler_options(numerics: Numerics) -> None:
-    """Compiles next to nothing, so that an option that XLA refuses is found before the model is loaded."""
-    import jax
-
-    try:
-        jax.jit(lambda x: x, compiler_options=numerics.compiler_options).lower(0).compile()
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise ConfigError(f"numerics: xla: {reason}; remove or correct it") from error
-
-
-def load_engine(run: RunConfig) -> Engine:
-    """The loaded model; a bar on a terminal shows the progress."""
+def load_engine(run: RunConfig, sequences: int = 1, default_context: int | None = None) -> Engine:
+    """The loaded model with room for so many sequences; a bar on a terminal shows the progress."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from ds4jax.engine import load
 
     keep_compiled_programs()
-    _check_compiler_options(run.numerics)
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -64,8 +49,11 @@ def load_engine(run: RunConfig) -> Engine:
             mtp=run.mtp,
             numerics=run.numerics,
             context=run.context,
+            default_context=default_context,
+            sequences=sequences,
             chunk=run.chunk,
             speculative=run.speculative,
+            fit_card=True,
             progress=lambda done, total, _: bar.update(task, completed=done, total=total),
         )
 

@@ -81,13 +81,14 @@ def serve(
         chunk=chunk,
         speculative=speculative,
     )
-    from ds4jax.server.run import build_server, build_service, open_socket, settings_of
+    from ds4jax.server.run import CONTEXT, build_server, build_service, open_socket, settings_of
 
     # Everything that can be wrong with the settings is found before loading, which takes long.
     settings = settings_of(run, open_model(run.model).metadata)
     listener = open_socket(settings)
     logging.basicConfig(format="ds4jax: %(message)s")
-    service = build_service(load_engine(run), settings)
+    engine = load_engine(run, sequences=settings.sessions, default_context=CONTEXT)
+    service = build_service(engine, settings)
     server = build_server(service, settings)
     server.announce = lambda address: typer.echo(f"ds4jax: {settings.name} at {address}", err=True)
     server.run(sockets=[listener])

@@ -11,13 +11,13 @@ from typing import Any, TypedDict, Unpack
 import jax
 import numpy as np
 
-from ds4jax.checkpoint import GGUF, Census, Progress, load_params, open_gguf, read_config
-from ds4jax.checkpoint_memory import check_device
+from ds4jax.checkpoint import GGUF, Census, Progress, describe, load_params, open_gguf, read_config
+from ds4jax.checkpoint_memory import check_device, take_share
 from ds4jax.config import ModelConfig, Numerics, check_simulation
 from ds4jax.decode.generate import Generate, Programs, build_generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.score import build_score
-from ds4jax.decode.speculation import Speculation, draft_cost
+from ds4jax.decode.speculation import MOST_DRAFTS, Speculation, draft_cost
 from ds4jax.decode.state import Limits
 from ds4jax.decode.steps import SHARED_ROWS
 from ds4jax.engine_run import Answer, Result, Run
@@ -222,20 +222,26 @@ def load(
     mtp: str | Path | None = None,
     numerics: str | Path | Numerics = "strict",
     context: int | None = None,
+    default_context: int | None = None,
+    sequences: int = 1,
     chunk: int | None = None,
     speculative: str | int = "off",
     progress: Progress | None = None,
+    fit_card: bool = False,
 ) -> Engine:
     """Loads a model from a GGUF file; without a path, the demonstration model that comes with the package.
 
     Args:
         mtp: GGUF file of the MTP block, where it is separate.
         numerics: `Numerics`, a preset ("strict", "perf") or a TOML file.
-        context: most tokens, prompt and answer together; room for one such sequence is checked before loading. If not
-            given, each request gets what it needs.
+        context: most tokens, prompt and answer together. If not given, it is `default_context`, or the model's longest
+            if that is less; without either, each request gets what it needs.
+        sequences: how many caches of this context there must be room for, which is checked before loading.
         chunk: prompt tokens per step; chosen by the numerics if not given.
         speculative: drafting with the model's MTP block, as for `build_generate`.
         progress: called with bytes done, bytes in all, and a tensor's name.
+        fit_card: whether JAX takes what this model needs of the GPU, no more and no less, unless it runs already or the
+            environment says how much: for a program that does nothing else with JAX. It takes 75 % otherwise.
 
     Raises:
         CheckpointError: a file is missing, damaged or not such a model.
@@ -253,14 +259,22 @@ def load(
         raise CheckpointError(
             f"{main}: {tokenizer.vocab_size} tokens, expected one for each of {config.vocab_size} rows"
         )
+    if context is None and default_context is not None:
+        context = min(default_context, config.max_position_embeddings)
+    if context is not None and not 2 <= context <= config.max_position_embeddings:
+        raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
+    longest = context or config.max_position_embeddings
+    least = context or min(SMALLEST_CONTEXT, longest)
+    if fit_card:  # before anything starts JAX, as the choice of a chunk does
+        rows = max(chunk or CHUNK, 1 + MOST_DRAFTS)
+        caches = (cache_nbytes(config, numerics, sequences, size, rows) for size in (least, longest))
+        take_share(describe(main, second).census.device_bytes, *caches)
     chunk = chunk if chunk is not None else default_chunk(numerics)
     if chunk < 1:
         raise ConfigError(f"chunk = {chunk}, expected at least 1")
-    if context is not None and not 2 <= context <= config.max_position_embeddings:
-        raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
     speculation = Speculation.of(speculative, draft_cost(numerics)).check(config)
-    rows = max(chunk, 1 + speculation.drafts)
-    room = cache_nbytes(config, numerics, 1, context or min(SMALLEST_CONTEXT, config.max_position_embeddings), rows)
+    check_compiler_options(numerics)
+    room = cache_nbytes(config, numerics, sequences, least, max(chunk, 1 + speculation.drafts))
     params, census = load_params(main, second, config, progress=progress, cache_bytes=room)
     seconds = time.perf_counter() - began
     return Engine(
@@ -274,6 +288,15 @@ def load(
         speculative=speculative,
         load_seconds=seconds,
     )
+
+
+def check_compiler_options(numerics: Numerics) -> None:
+    """Compiles next to nothing, so that an option that XLA refuses is found before the model is loaded."""
+    try:
+        jax.jit(lambda x: x, compiler_options=numerics.compiler_options).lower(0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise ConfigError(f"numerics: xla: {reason}; remove or correct it") from error
 
 
 def default_chunk(numerics: Numerics) -> int:

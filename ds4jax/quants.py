@@ -1,4 +1,4 @@
-"""Quantised weights: a pytree of planes with a static format, packed on the host and decoded where they are used.
+"""Quantised weights: a pytree of planes with a static format, packed at loading and decoded where they are used.
 
 A `QTensor` keeps a weight in the bits of its GGUF file. Formats that kernels read are rearranged into planes of 32-bit
 words and scales; the others stay rows of GGML blocks. Every decoded value is bit-equal to `gguf.quants.dequantize`:
@@ -22,7 +22,7 @@ from gguf import quants as ggml
 from jax import Array
 from jaxtyping import Float, Float32, Int, Int8, Int32, UInt8
 
-from ds4jax.quants_layouts import PACK, UNPACK, ksigns
+from ds4jax.quants_layouts import PACK, UNPACK, ksigns, values_of
 
 FORMATS = (
     "Q8_0",
@@ -92,15 +92,24 @@ def packed_nbytes(format: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // values * pack(format, np.zeros(size, np.uint8), (values,)).nbytes
 
 
-def pack(format: str, raw: UInt8[np.ndarray, "*rows bytes"], shape: tuple[int, ...]) -> QTensor:
-    """Rearranges rows of GGML blocks, u8 [..., row bytes], into a QTensor of NumPy planes, which own their memory."""
+def pack(
+    format: str,
+    raw: UInt8[np.ndarray, "*rows bytes"] | UInt8[Array, "*rows bytes"],
+    shape: tuple[int, ...],
+) -> QTensor:
+    """Rearranges rows of GGML blocks, u8 [..., row bytes], into a QTensor.
+
+    NumPy planes own their memory; under `jax.jit` the device does the same with JAX arrays.
+    """
     values, size = block_size(format)
     assert shape[-1] % values == 0, f"{format} row of {shape[-1]} values is not a multiple of {values}"
     expected = (*shape[:-1], shape[-1] // values * size)
     assert raw.shape == expected, f"{format} {shape}: raw bytes have shape {raw.shape}, expected {expected}"
     blocks = raw.reshape(*shape[:-1], shape[-1] // values, size)
     packer = PACK.get(format)
-    planes = packer(blocks) if packer else {"raw": blocks.copy()}
+    planes = packer(blocks) if packer else {"raw": values_of(blocks, np.uint8)}
+    if isinstance(raw, np.ndarray):
+        planes = {name: np.ascontiguousarray(plane) for name, plane in planes.items()}
     return QTensor(planes, format, tuple(shape))
 
 

@@ -1,17 +1,22 @@
-"""Host side of quantised weights: GGML block bytes [..., blocks, block bytes] to NumPy planes and back.
+"""Layouts of quantised weights: GGML block bytes [..., blocks, block bytes] to planes, and back on the host.
 
-Only the formats that kernels read are rearranged; `quants.QTensor` describes their planes.
+Packing is written once for NumPy and for traced JAX arrays, so that a device can do it too. Only the formats that
+kernels read are rearranged; `quants.QTensor` describes their planes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from gguf import quants as ggml
 
-Planes = dict[str, np.ndarray]
+Bytes = np.ndarray | jax.Array
+Planes = dict[str, Any]  # NumPy or JAX arrays, as the bytes were
 
 
 @functools.cache
@@ -29,17 +34,25 @@ def _sign_spread() -> np.ndarray:
     return spread[pair & 127] | (spread[pair >> 7] << np.uint32(1))
 
 
-def _words(data: np.ndarray) -> np.ndarray:
-    """Bytes [..., blocks, n] -> little-endian i32 [..., blocks, n / 4]; a copy, since files are mapped read-only."""
-    return data.copy(order="C").view("<i4")
+def values_of(data: Bytes, dtype: Any) -> Any:
+    """Little-endian values [..., n] in bytes u8 [..., n * itemsize]; a copy on the host, where files are read-only."""
+    if isinstance(data, np.ndarray):
+        return data.copy(order="C").view(dtype)
+    size = np.dtype(dtype).itemsize
+    return jax.lax.bitcast_convert_type(data.reshape(*data.shape[:-1], -1, size) if size > 1 else data, dtype)
 
 
-def _halves(data: np.ndarray) -> np.ndarray:
+def _words(data: Bytes) -> Any:
+    """Bytes [..., blocks, n] -> i32 [..., blocks, n / 4]."""
+    return values_of(data, np.int32)
+
+
+def _halves(data: Bytes) -> Any:
     """Bytes [..., blocks, 2] -> f16 [..., blocks]."""
-    return data.copy(order="C").view("<f2")[..., 0]
+    return values_of(data, np.float16)[..., 0]
 
 
-def _flat(words: np.ndarray) -> np.ndarray:
+def _flat(words: Any) -> Any:
     return words.reshape(*words.shape[:-2], -1)
 
 
@@ -48,9 +61,8 @@ def _block_bytes(plane: np.ndarray, blocks: int) -> np.ndarray:
     return np.ascontiguousarray(plane).view(np.uint8).reshape(*plane.shape[:-1], blocks, -1)
 
 
-def _pack_q8_0(blocks: np.ndarray) -> Planes:
-    word = np.ascontiguousarray(np.swapaxes(_words(blocks[..., 2:]), -2, -1))
-    return {"word": word, "d": _halves(blocks[..., :2])}
+def _pack_q8_0(blocks: Bytes) -> Planes:
+    return {"word": _words(blocks[..., 2:]).swapaxes(-2, -1), "d": _halves(blocks[..., :2])}
 
 
 def _unpack_q8_0(planes: Planes) -> np.ndarray:
@@ -59,18 +71,18 @@ def _unpack_q8_0(planes: Planes) -> np.ndarray:
     return np.concatenate([_block_bytes(planes["d"], n), np.ascontiguousarray(word).view(np.uint8)], -1)
 
 
-def _pack_iq2_xxs(blocks: np.ndarray) -> Planes:
+def _pack_iq2_xxs(blocks: Bytes) -> Planes:
     pairs = _words(blocks[..., 2:])  # [..., B, 16]: grid indices and sign word of each of 8 groups
-    word = np.ascontiguousarray(pairs[..., 1::2]).view(np.uint32)
-    spread = _sign_spread()
-    # Indices are in range; mode="wrap" skips NumPy's check, which costs three times the look-up.
-    sign = spread.take((word >> np.uint32(14)) & np.uint32(0x3FFF), mode="wrap") << np.uint32(2)
-    sign |= spread.take(word & np.uint32(0x3FFF), mode="wrap")
+    word = pairs[..., 1::2].view(np.uint32)
+    spread = _sign_spread() if isinstance(blocks, np.ndarray) else jnp.asarray(_sign_spread())
+    # Indices are in range; mode="clip" skips NumPy's check, which costs three times the look-up.
+    sign = spread.take((word >> np.uint32(14)) & np.uint32(0x3FFF), mode="clip") << np.uint32(2)
+    sign |= spread.take(word & np.uint32(0x3FFF), mode="clip")
     nibble = (word >> np.uint32(28)).astype(np.uint8)
     return {
-        "idx": _flat(np.ascontiguousarray(pairs[..., 0::2])),
+        "idx": _flat(pairs[..., 0::2]),
         "sign": _flat(sign).view(np.int32),
-        "scale": _words(nibble[..., 0::2] | (nibble[..., 1::2] << 4))[..., 0],
+        "scale": _words(nibble[..., 0::2] | (nibble[..., 1::2] << np.uint8(4)))[..., 0],
         "d": _halves(blocks[..., :2]),
     }
 
@@ -86,11 +98,11 @@ def _unpack_iq2_xxs(planes: Planes) -> np.ndarray:
     return np.concatenate([_block_bytes(planes["d"], n), pairs.view(np.uint8).reshape(*word.shape[:-1], 64)], -1)
 
 
-def _pack_q2_k(blocks: np.ndarray) -> Planes:
+def _pack_q2_k(blocks: Bytes) -> Planes:
     scales = blocks[..., :16].reshape(*blocks.shape[:-1], 2, 4, 2)  # half, quarter, 16 values
     return {
         "q": _flat(_words(blocks[..., 16:80])),
-        "s": _flat(_words(np.swapaxes(scales, -2, -1).reshape(*blocks.shape[:-1], 16))),
+        "s": _flat(_words(scales.swapaxes(-2, -1).reshape(*blocks.shape[:-1], 16))),
         "d": _halves(blocks[..., 80:82]),
         "dmin": _halves(blocks[..., 82:84]),
     }
@@ -103,7 +115,7 @@ def _unpack_q2_k(planes: Planes) -> np.ndarray:
     return np.concatenate([scales, q, d, dmin], -1)
 
 
-def _pack_q4_k(blocks: np.ndarray) -> Planes:
+def _pack_q4_k(blocks: Bytes) -> Planes:
     return {
         "q": _flat(_words(blocks[..., 16:])),
         "s": _flat(_words(blocks[..., 4:16])),
@@ -117,7 +129,7 @@ def _unpack_q4_k(planes: Planes) -> np.ndarray:
     return np.concatenate([_block_bytes(planes[name], n) for name in ("d", "dmin", "s", "q")], -1)
 
 
-PACK: dict[str, Callable[[np.ndarray], Planes]] = {
+PACK: dict[str, Callable[[Bytes], Planes]] = {
     "Q8_0": _pack_q8_0,
     "IQ2_XXS": _pack_iq2_xxs,
     "Q2_K": _pack_q2_k,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf
@@ -32,12 +32,12 @@ from gguf_variants import (
     write,
 )
 
-from ds4jax import checkpoint, checkpoint_memory, checkpoint_table
+from ds4jax import checkpoint_table, checkpoint_upload
 from ds4jax.checkpoint import describe, load_params, open_gguf, read_config
 from ds4jax.checkpoint_table import make_plan
 from ds4jax.config import ModelConfig
-from ds4jax.errors import CapacityError, CheckpointError
-from ds4jax.quants import unpack
+from ds4jax.errors import CheckpointError
+from ds4jax.quants import block_size, unpack
 
 # ------------------------------------------------------------------------------------------------- loading
 
@@ -131,26 +131,52 @@ def test_every_tensor_arrives_unchanged(main, mtp):
 def test_slabs_change_nothing_and_progress_ends_at_the_total(monkeypatch):
     whole = load(Q, Q_MTP)
     seen: list[tuple[int, int, str]] = []
-    monkeypatch.setattr(checkpoint, "SLAB_BYTES", 40_000)
-    monkeypatch.setattr(checkpoint, "WORKERS", 3)
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 60_000)
+    monkeypatch.setattr(checkpoint_upload, "WORKERS", 3)
     assert same_params(load(Q, Q_MTP, progress=lambda *step: seen.append(step)), whole)
     done = [step[0] for step in seen]
     total = open_gguf(Q).nbytes + open_gguf(Q_MTP).nbytes
     assert done == sorted(done) and done[-1] == total == seen[0][1]
-    assert sum(step[2] == "blk.0.ffn_gate_exps.weight" for step in seen) == 2  # 8 experts, 2 a slab, 3 slabs a step
+    assert list(dict.fromkeys(step[2] for step in seen)) == [*open_gguf(Q).tensors, *open_gguf(Q_MTP).tensors]
+    assert sum(step[2] == "blk.0.ffn_gate_exps.weight" for step in seen) == 3  # 8 experts, 3 a slab
 
 
-def test_host_copies_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SLAB_BYTES", 16_000)
-    monkeypatch.setattr(checkpoint, "WORKERS", 2)
-    load(Q)  # compiles
-    tracemalloc.start()
-    try:
-        params = load(Q)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert params and peak < open_gguf(Q).nbytes / 4
+@pytest.mark.parametrize(
+    ("format", "shape", "parts"), [("Q4_K", (11, 512), 2), ("F32", (7, 5, 32), 1), ("BF16", (10, 64), 2)]
+)
+def test_slabs_of_a_tensor(monkeypatch, format, shape, parts):
+    """Four slabs, the last of which overlaps; columns are divided among the paths."""
+    values, size = block_size(format)
+    raw = np.random.default_rng(0).integers(0, 128, (*shape[:-1], shape[-1] // values * size), np.uint8)  # no NaN
+    tensor = checkpoint_table.TensorInfo("t", format, shape, raw.reshape(-1), Q)
+    slot = checkpoint_table.Slot("t", tuple((str(part),) for part in range(parts)), "matrix", shape)
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", raw.nbytes // len(raw) * 3)
+    assert [slab.start for slab in checkpoint_upload.slabs_of(tensor, slot)][-2:] == [3 * (shape[0] // 4), shape[0] - 3]
+    leaves = dict(checkpoint_upload.upload([(tensor, slot)], jax.local_devices()[0]))
+    assert [*leaves] == [*slot.paths]
+    got = [leaf_bytes(leaf) for leaf in leaves.values()]
+    assert got == [part.tobytes() for part in np.split(raw, parts, axis=-1)]
+
+
+def test_few_slabs_are_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(checkpoint_upload, "SLAB_BYTES", 60_000)
+    monkeypatch.setattr(checkpoint_upload, "WORKERS", 2)
+    file = open_gguf(Q)
+    jobs = list(checkpoint_upload.jobs_of(make_plan(file, None, read_config(file)).assigned))
+    assert all(len(job) == 1 or sum(slab.raw.size for slab in job) <= 60_000 for job in jobs)
+    assert max(map(len, jobs)) > 3 and max(slab.raw.size for job in jobs for slab in job) <= 60_000
+    assert [slab.tensor.name for job in jobs for slab in job if slab.done == slab.tensor.nbytes] == [*file.tensors]
+    begun: list[int] = []
+
+    def items():
+        for number in range(20):
+            begun.append(number)
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        for taken, number in enumerate(checkpoint_upload.in_order(pool, lambda number: [number], items())):
+            assert number == taken and len(begun) <= taken + 4
+    assert number == 19
 
 
 def test_mixed_and_unusual_types(tmp_path):
@@ -383,38 +409,6 @@ def test_expert_ids_of_hash_layers_are_checked(tmp_path):
         load(path)
 
 
-# ------------------------------------------------------------------------------------------------- memory
-
-
-def test_too_little_memory_is_said_before_loading():
-    seen: list[Any] = []
-    with pytest.raises(
-        CapacityError, match=r"\(0\.00 GiB weights, 1048576\.00 GiB cache\), found [\d.]+ GiB on cpu; use a"
-    ):
-        load(F32, progress=lambda *step: seen.append(step), cache_bytes=1 << 50)
-    assert seen == []
-    device = jax.local_devices()[0]
-    checkpoint_memory.check_device(device, 3 << 30, 1 << 30, available=4 << 30)
-    with pytest.raises(
-        CapacityError, match=r"expected 4\.00 GiB .* \(3\.00 GiB weights, 1\.00 GiB cache\), found 3\.99"
-    ):
-        checkpoint_memory.check_device(device, 3 << 30, 1 << 30, available=(4 << 30) - (10 << 20))
-    with pytest.raises(CapacityError, match=r"expected 2\.00 GiB of free host memory for loading, found 1\.00 GiB"):
-        checkpoint_memory.check_host(2 << 30, available=1 << 30)
-
-
-def test_free_memory_of_a_container(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 1000 kB\nMemAvailable:     800 kB\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 800 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 800 * 1024
-    (tmp_path / "memory.max").write_text("600000\n")
-    (tmp_path / "memory.current").write_text("500000\n")
-    (tmp_path / "memory.stat").write_text("anon 100000\nfile 250000\n")
-    assert checkpoint_memory.host_bytes(tmp_path, meminfo) == 350000
-
-
 # ------------------------------------------------------------------------------------------------- info
 
 
@@ -439,6 +433,6 @@ def test_describe():
         assert sorted({fit.context for fit in description.fits}) == contexts
     fits = {(fit.card, fit.context): fit.left_bytes for fit in description.fits}
     assert len(fits) == 9
-    assert fits[80, 4096] == (80 << 30) - (2 << 30) - census.device_bytes - (4096 << 20)
+    assert fits[80, 4096] == (80 << 30) - (3 << 30) - census.device_bytes - (4096 << 20)
     assert fits[80, 65536] > 0 > fits[80, 1048576]
     assert describe(main).fits == ()

@@ -190,7 +190,7 @@ def test_an_answer_that_the_context_clips(asked: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [("-t", -1), ("--top-p", 2), ("-n", -1), ("--seed", -1), ("--stop", ""), ("--stop-id", -1), ("-N", "xla.foo=true")],
+    [("-t", -1), ("--top-p", 2), ("-n", -1), ("--seed", -1), ("--stop", ""), ("--stop-id", -1)],
     ids=lambda bad: bad[0],
 )
 def test_bad_options_are_found_before_loading(bad: tuple[object, ...], asked: SimpleNamespace) -> None:

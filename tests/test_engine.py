@@ -271,6 +271,10 @@ def test_load_refuses_what_cannot_work(monkeypatch, tmp_path):
         load(FILE, speculative="always")
     with pytest.raises(ConfigError, match="numerics"):
         load(FILE, numerics=tmp_path / "none.toml")
+    seen: list[object] = []
+    with pytest.raises(ConfigError, match="xla: No such compile option: 'foo'"):
+        load(FILE, numerics=QUICK.replace(xla=(("foo", 1),)), progress=lambda *step: seen.append(step))
+    assert not seen, "found before loading, which takes long"
     for change, words in (
         ({"head_dim": 90}, "58 features.*sim_kv = false"),
         ({"index_head_dim": 96}, "sim_index = false"),

@@ -63,6 +63,16 @@ def test_pack_is_invertible(format, seed, rows, blocks, experts):
     np.testing.assert_array_equal(unpack(jax.device_put(q)), raw)
 
 
+@pytest.mark.parametrize("format", ["Q8_0", "IQ2_XXS", "Q2_K", "Q4_K", "Q6_K"])
+def test_a_device_packs_as_the_host_does(format):
+    host, raw = random_weight(format, (3, 5, 512))
+    device = jax.jit(lambda raw: pack(format, raw, host.shape))(raw)
+    assert (device.format, device.shape) == (host.format, host.shape)
+    for name, plane in host.planes.items():
+        found = np.asarray(device.planes[name])
+        assert (found.dtype, found.shape, found.tobytes()) == (plane.dtype, plane.shape, plane.tobytes()), name
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_device_bytes(format):
     q, raw = random_weight(format, (4, 1024))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,10 +14,17 @@ from jax.profiler import ProfileData
 from ds4jax.errors import DeviceError
 
 
-def device_times(run: Callable[[], None]) -> dict[str, list[float]]:
-    """Durations of every kernel that `run` starts, in microseconds, by kernel name.
+@dataclasses.dataclass(frozen=True, order=True)
+class Event:
+    """A kernel's start and duration in microseconds, and its name; a copy or fill counts as a kernel."""
 
-    `run` must wait for its work. Copies and fills count as kernels.
+    start: float
+    duration: float
+    name: str
+
+
+def device_events(run: Callable[[], object]) -> list[Event]:
+    """Every kernel that `run` starts, in the order of their starts. `run` must wait for its work.
 
     Raises:
         DeviceError: the profiler saw no GPU.
@@ -24,16 +32,23 @@ def device_times(run: Callable[[], None]) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
-        files = sorted(Path(folder).rglob("*.xplane.pb"))
-        times: dict[str, list[float]] = defaultdict(list)
-        for file in files:
-            for plane in ProfileData.from_file(str(file)).planes:
-                if not plane.name.startswith("/device:GPU"):
-                    continue
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            times[event.name].append(event.duration_ns / 1000)
-    if not times:
+        events = [
+            Event(event.start_ns / 1000, event.duration_ns / 1000, event.name)
+            for file in sorted(Path(folder).rglob("*.xplane.pb"))
+            for plane in ProfileData.from_file(str(file)).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    if not events:
         raise DeviceError("the profiler recorded no GPU kernels; expected a run on an NVIDIA GPU")
+    return sorted(events)
+
+
+def device_times(run: Callable[[], object]) -> dict[str, list[float]]:
+    """Durations of `device_events`, in microseconds, by kernel name."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in device_events(run):
+        times[event.name].append(event.duration)
     return dict(times)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from ds4jax.bench.case import floats, quantised, random_words
-from ds4jax.checkpoint_table import Slot, trunk_slots
+from ds4jax.checkpoint_table import Slot, mtp_slots, trunk_slots
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.errors import ConfigError
 from ds4jax.model.cache import Cache, commit, init_cache
@@ -54,7 +54,7 @@ FLASH = ModelConfig(
     beta_slow=1.0,
     max_position_embeddings=1 << 20,
 )
-"""DeepSeek-V4-Flash (its `config.json`), without the MTP block."""
+"""DeepSeek-V4-Flash (its `config.json`), without the MTP block; `has_mtp` adds it."""
 
 FORMATS = {
     "output.weight": "Q8_0",
@@ -71,6 +71,15 @@ FORMATS = {
     "ffn_down_shexp.weight": "Q8_0",
 }
 """Types of the quantised tensors of the 81 GiB file (IQ2_XXS experts); its other matrices are F16."""
+
+MTP_FORMATS = FORMATS | {
+    "e_proj.weight": "Q8_0",
+    "h_proj.weight": "Q8_0",
+    "ffn_gate_exps.weight": "Q4_K",
+    "ffn_up_exps.weight": "Q4_K",
+    "ffn_down_exps.weight": "Q4_K",
+}
+"""Types of the quantised tensors of the MTP file; its other matrices are F32."""
 
 
 def flash(layers: int = LAYERS) -> ModelConfig:
@@ -99,14 +108,14 @@ def parse(text: str) -> ModelConfig:
 
 
 def make_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Parameters of the trunk, as loading the file would give them; the same for the same seed.
+    """Parameters, as loading the files would give them; the same for the same seed.
 
     Products of weights and rows of unit variance have about unit variance. Experts of different tokens differ: token
     tables are random, router scores random and their bias small.
     """
     params: dict[str, Any] = {}
     root = jax.random.key(seed)
-    for slot in trunk_slots(config):
+    for slot in (*trunk_slots(config), *(mtp_slots(config) if config.has_mtp else ())):
         (path,) = slot.paths
         node = params
         for name in path[:-1]:
@@ -117,8 +126,7 @@ def make_params(config: ModelConfig, seed: int) -> dict[str, Any]:
         elif slot.kind == "ids":
             node[path[-1]] = _table(jax.random.fold_in(root, number), slot.shape, config.n_routed_experts)
         else:
-            format = FORMATS.get(slot.name.split(".", 2)[-1] if slot.name.startswith("blk.") else slot.name)
-            node[path[-1]] = _matrix(jax.random.fold_in(root, number), format, slot.shape)
+            node[path[-1]] = _matrix(jax.random.fold_in(root, number), format_of(slot), slot.shape)
     return params
 
 
@@ -128,10 +136,19 @@ def _vector(slot: Slot, rng: np.random.Generator) -> np.ndarray:
     return (around + rng.uniform(-0.1, 0.1, slot.shape)).astype(np.float32)
 
 
+def format_of(slot: Slot) -> str:
+    """Type of a matrix in the real file."""
+    head, _, rest = slot.name.partition(".")
+    inner = rest.partition(".")[2]
+    return MTP_FORMATS.get(inner, "F32") if head == "mtp" else FORMATS.get(inner if head == "blk" else slot.name, "F16")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _matrix(key: Array, format: str | None, shape: tuple[int, ...]) -> Any:
+def _matrix(key: Array, format: str, shape: tuple[int, ...]) -> Any:
     """Compiled once per type and shape."""
-    return floats(key, *shape) if format is None else quantised(key, format, *shape)
+    if format in ("F16", "F32"):
+        return floats(key, *shape).astype({"F16": jnp.float16, "F32": jnp.float32}[format])
+    return quantised(key, format, *shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -172,21 +189,31 @@ def at_length(length: int) -> Array:
     return jnp.full((1,), length, jnp.int32)
 
 
-def weight_bytes(params: dict[str, Any], config: ModelConfig, rows: int) -> int:
-    """Bytes of the trunk's weights that a step of `rows` rows reads if no two rows share an expert.
+def weight_bytes(params: dict[str, Any], config: ModelConfig, rows: int, drafts: int = 0) -> int:
+    """Bytes of the weights that a step of `rows` rows reads, drafts included, if no two rows share an expert.
 
-    Of tables by token it reads the rows of its tokens; the MTP block takes no part.
+    A draft reads the MTP block and the head; a step with drafts also stores the block's rows of its tokens.
     """
+    total = _bytes_read({name: tree for name, tree in params.items() if name != "mtp"}, config, rows)
+    if drafts:
+        block = params["mtp"]
+        total += drafts * _bytes_read({name: params[name] for name in ("embed", "head", "mtp")}, config, 1)
+        stored = {name: block[name] for name in ("e_proj", "h_proj", "enorm", "hnorm")}
+        layer = {name: block["layer"][name] for name in ("hc_attn", "attn_norm")}
+        attention = {name: block["layer"]["attn"][name] for name in ("wkv", "kv_norm")}
+        total += _bytes_read({"embed": params["embed"], "mtp": [stored, layer, attention]}, config, rows)
+    return round(total)
+
+
+def _bytes_read(params: Any, config: ModelConfig, rows: int) -> float:
+    """Bytes that a call of `rows` rows reads: of tables by token the rows of its tokens, of experts those chosen."""
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         size = leaf.size * leaf.dtype.itemsize
-        if "mtp" in names:
-            continue
         if names[0] == "embed" or "tid2eid" in names:
-            total += size * rows / config.vocab_size
-        elif len(names) > 2 and names[1] == "moe" and names[2] in ("w1", "w2", "w3"):
-            total += size * min(1.0, rows * config.num_experts_per_tok / config.n_routed_experts)
-        else:
-            total += size
-    return round(total)
+            size *= rows / config.vocab_size
+        elif "moe" in names and names[names.index("moe") + 1] in ("w1", "w2", "w3"):
+            size *= min(1.0, rows * config.num_experts_per_tok / config.n_routed_experts)
+        total += size
+    return total

@@ -65,10 +65,16 @@ class Generate:
     from `prepare`. Programs are compiled on first use, once per layout of the parameters, or ahead by `compile`.
     """
 
-    def __init__(self, model: DeepSeekV4, limits: Limits, speculation: Speculation = PLAIN) -> None:
+    def __init__(
+        self,
+        model: DeepSeekV4,
+        limits: Limits,
+        speculation: Speculation = PLAIN,
+        make_steps: Callable[[DeepSeekV4, Limits, Speculation], Steps] = Steps,
+    ) -> None:
         """Raises `ConfigError` if there is to be speculation and the model has no MTP block."""
         self.config, self.limits = model.config, limits
-        self._steps = Steps(model, limits, speculation.check(model.config))
+        self._steps = make_steps(model, limits, speculation.check(model.config))
         jit = functools.partial(jax.jit, compiler_options=model.numerics.compiler_options)
         self._whole = jit(self._generate)
         start, chunk, rows = jit(self._steps.start), self._steps.chunk, self._steps.rows

@@ -22,12 +22,15 @@ import numpy as np
 from absent import spoiled
 
 import ds4jax
-from ds4jax import ops
+from ds4jax import checkpoint_upload, ops
 from ds4jax.bench.cases import CASES
 from ds4jax.bench.cases_glue import BOUNDS as GLUE_BOUNDS
+from ds4jax.checkpoint_gguf import TensorInfo
+from ds4jax.checkpoint_table import Slot
 from ds4jax.ops.rows import Live
 from ds4jax.ops.simulate import fp4_round_trip, fp8_round_trip
 from ds4jax.pallas.ptx import Emulated, Native, launch
+from ds4jax.quants import block_size, pack
 from gpu import contraction
 
 STRICT = ds4jax.load_numerics("strict")
@@ -57,6 +60,25 @@ class Report:
             passed, detail = False, f"{type(error).__name__}: {str(error)[:400]}"
         self.failed += not passed
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {detail} [{time.perf_counter() - begun:.1f} s]", flush=True)
+
+
+def loading() -> tuple[bool, str]:
+    """Tensors that the card rearranges, slab by slab, against the host's planes, on random bytes."""
+    rng, wrong = np.random.default_rng(0), []
+    for format in ("Q8_0", "IQ2_XXS", "Q2_K", "Q4_K"):
+        values, size = block_size(format)
+        shape = (100, 256, 4096)
+        raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // values * size), np.uint8)
+        tensor = TensorInfo(format, format, shape, raw.reshape(-1), Path(format))
+        assert tensor.nbytes > checkpoint_upload.SLAB_BYTES
+        ((_, leaf),) = checkpoint_upload.upload(
+            [(tensor, Slot(format, (("leaf",),), "matrix", shape))], jax.local_devices()[0]
+        )
+        planes = pack(format, raw, shape).planes
+        wrong += [
+            f"{format} {name}" for name in planes if np.asarray(leaf.planes[name]).tobytes() != planes[name].tobytes()
+        ]
+    return not wrong, f"differing planes {wrong}"
 
 
 def instructions() -> tuple[bool, str]:
@@ -188,6 +210,7 @@ def main() -> int:
         return 1
     report = Report()
     report.check("instructions", instructions)
+    report.check("loading", loading)
     report.check("simulated formats", grids)
     report.check("contraction", contracted)
     for name in CASES if given.cases is None else given.cases:

@@ -14,6 +14,7 @@ import flax.traverse_util
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from ds4jax.checkpoint_write import add_metadata, metadata_of
 from ds4jax.config import ModelConfig
 from tools.demo_model.encoders import encode
 from tools.demo_model.fakequant import FAKE
@@ -100,9 +101,8 @@ def quantised_types(names: Iterable[str]) -> dict[str, str]:
 def export(path: Path, params: Mapping[str, Any], config: ModelConfig, tokenizer: Mapping[str, Any]) -> None:
     """Writes nested float32 parameters, the sizes and the tokenizer metadata as a GGUF file."""
     writer = GGUFWriter(path, "deepseek4")
-    _add_sizes(writer, config)
-    for key, value in tokenizer.items():
-        _add(writer, key, value)
+    about = {"general.name": "ds4jax demonstration model: children's stories", "general.quantization_version": 2}
+    add_metadata(writer, about | metadata_of(config) | dict(tokenizer))
     for name, value in flax.traverse_util.flatten_dict(dict(params), sep="/").items():
         tensor, kind = stored_as(name, config.num_hidden_layers)
         if kind in FAKE:
@@ -113,63 +113,3 @@ def export(path: Path, params: Mapping[str, Any], config: ModelConfig, tokenizer
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_sizes(writer: GGUFWriter, config: ModelConfig) -> None:
-    c, extra = config, int(config.has_mtp)
-    _add(writer, "general.name", "ds4jax demonstration model: children's stories")
-    _add(writer, "general.quantization_version", 2)
-    sizes = {
-        "block_count": c.num_hidden_layers + extra,
-        "nextn_predict_layers": extra,
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "vocab_size": c.vocab_size,
-        "attention.head_count": c.num_attention_heads,
-        "attention.head_count_kv": 1,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "attention.q_lora_rank": c.q_lora_rank,
-        "attention.output_lora_rank": c.o_lora_rank,
-        "attention.output_group_count": c.o_groups,
-        "attention.sliding_window": c.sliding_window,
-        "attention.compress_ratios": [*c.compress_ratios, *[0] * extra],
-        "attention.compress_rope_freq_base": c.compress_rope_theta,
-        "attention.indexer.head_count": c.index_n_heads,
-        "attention.indexer.key_length": c.index_head_dim,
-        "attention.indexer.top_k": c.index_topk,
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        "rope.dimension_count": c.qk_rope_head_dim,
-        "rope.freq_base": c.rope_theta,
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": c.rope_factor,
-        "rope.scaling.original_context_length": c.original_seq_len,
-        "rope.scaling.yarn_beta_fast": c.beta_fast,
-        "rope.scaling.yarn_beta_slow": c.beta_slow,
-        "expert_count": c.n_routed_experts,
-        "expert_used_count": c.num_experts_per_tok,
-        "expert_shared_count": 1,
-        "expert_feed_forward_length": c.moe_intermediate_size,
-        "expert_gating_func": 4,  # sqrt(softplus)
-        "expert_weights_scale": c.routed_scaling_factor,
-        "expert_weights_norm": True,
-        "swiglu_clamp_exp": list(c.swiglu_limit[: c.num_hidden_layers + extra]),
-        "swiglu_clamp_shexp": list(c.swiglu_limit_shared[: c.num_hidden_layers + extra]),
-        "hash_layer_count": c.num_hash_layers,
-        "hyper_connection.count": c.hc_mult,
-        "hyper_connection.sinkhorn_iterations": c.hc_sinkhorn_iters,
-        "hyper_connection.epsilon": c.hc_eps,
-    }
-    for key, value in sizes.items():
-        _add(writer, f"deepseek4.{key}", value)
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    add = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    add[type(value)](key, value)
