@@ -22,7 +22,7 @@ from ds4jax.pallas.rows import LANES, ROWS, part_size, when_live
 POST_PART = 128  # features that a program of `hyper_post` returns to the streams
 PART = 1024  # columns of a part
 SHARE = 32  # running sums of a part that a program has
-GROUP = 6  # outputs that a program adds up, at most
+GROUP = 4  # outputs that a program adds up, at most: their weights are all on the way at once
 
 Pending = tuple[Array, Array, Array] | None
 """Output `[T, D]` of a sub-layer, its weights `[T, H]` and the mixing `[T, H, H]`; None where nothing is pending."""
@@ -125,11 +125,14 @@ def _mix(live: Array, x: Array, pending: Pending, fn: Array, *, interpret: bool)
 
         @pl.when(first < outputs)
         def _() -> None:
-            factors = [[v.astype(f32) for v in read(fn, first + n)] for n in range(group)]
+            def factors() -> list[list[Array]]:
+                return [[v.astype(f32) for v in read(fn, first + n)] for n in range(group)]
+
+            shared = factors() if tile > 1 else None
 
             def dots(row: Any) -> None:
-                own = values(row)
-                sums = [total([a * b for a, b in zip(own, each, strict=True)]) for each in factors]
+                own = values(row)  # first: what it is made of takes more registers
+                sums = [total([a * b for a, b in zip(own, each, strict=True)]) for each in shared or factors()]
                 for n, value in enumerate(sums):
                     leaves[row, leaf, first + n] = value
 
