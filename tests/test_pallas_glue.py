@@ -75,7 +75,7 @@ def test_kernel_equals_reference(name):
         assert_equal(kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how))
 
 
-@pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_enter", "router"])
+@pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_enter, streams in a part", "router"])
 def test_rows_do_not_depend_on_their_number(name):
     """More rows than run unasked: every second one is absent, and its content does not matter."""
     rows, shared, how = made(SMALL[name], 1)
