@@ -163,26 +163,26 @@ def equal_to_the_greedy_token(original: Callable[..., Any]) -> Callable[..., Any
 def replaced_from_the_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     """Stays with the right probability, but the token in its place is drawn as if nothing had been drafted."""
 
-    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any) -> Any:
-        tokens, logprobs = original(logits, drafts, odds, *rest)
-        fresh, _ = original(logits, drafts, jnp.zeros_like(odds), *rest)
+    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any, **how: Any) -> Any:
+        tokens, logprobs = original(logits, drafts, odds, *rest, **how)
+        fresh, _ = original(logits, drafts, jnp.zeros_like(odds), *rest, **how)
         return jnp.where(tokens == drafts, tokens, fresh), logprobs
 
     return verified
 
 
 def always(original: Callable[..., Any]) -> Callable[..., Any]:
-    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any) -> Any:
-        tokens, logprobs = original(logits, drafts, odds, *rest)
+    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any, **how: Any) -> Any:
+        tokens, logprobs = original(logits, drafts, odds, *rest, **how)
         return jnp.where(jnp.any(odds > 0, axis=-1), drafts, tokens), logprobs
 
     return verified
 
 
 def odds_of_the_last_draft(original: Callable[..., Any]) -> Callable[..., Any]:
-    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any) -> Any:
+    def verified(logits: Any, drafts: Any, odds: Any, *rest: Any, **how: Any) -> Any:
         last = jnp.broadcast_to(odds[:, -2:-1], odds[:, :-1].shape)
-        return original(logits, drafts, odds.at[:, :-1].set(last), *rest)
+        return original(logits, drafts, odds.at[:, :-1].set(last), *rest, **how)
 
     return verified
 

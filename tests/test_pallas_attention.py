@@ -13,6 +13,7 @@ from ds4jax.ops import compress as compress_ops
 from ds4jax.ops import simulate as simulate_ops
 from ds4jax.ops import store as store_ops
 from ds4jax.ops.rows import Live
+from ds4jax.pallas import attention as attention_kernels
 from ds4jax.pallas import indexer as indexer_kernels
 
 HEADS, WIDTH, WINDOW = 3, 16, 70
@@ -99,6 +100,19 @@ def test_visible_rows():
     np.testing.assert_array_equal(np.asarray(full)[LIVE], np.asarray(short)[LIVE])
 
 
+def test_rows_take_turns(monkeypatch):
+    """Where the partial results of all rows would take too much memory; the last turn repeats rows."""
+    rng = np.random.default_rng(7)
+    args = (draw(rng, 4, HEADS, WIDTH), POSITION, SEQUENCE, None, None)
+    shared = (draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16), None, draw(rng, HEADS))
+    at_once = np.asarray(attention_pair(0)[0](LIVE, *args, *shared))
+    partial = -(-WINDOW // attention_kernels.PART) * HEADS * WIDTH * 4
+    monkeypatch.setattr(attention_kernels, "WORKSPACE", 3 * partial)
+    live, *args = jax.tree.map(lambda a: jnp.concatenate([a, a[:1]]), (LIVE, *args))
+    got = np.asarray(kernel("attention", window=WINDOW, first=0)(live, *args, *shared))
+    np.testing.assert_array_equal(got[live], at_once[[0, 1, 3, 0]])
+
+
 def test_extreme_sinks_and_scores():
     rng = np.random.default_rng(4)
     raw = draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16) * np.float16(30)
@@ -134,14 +148,14 @@ def test_compressed_rows(ratio, width, simulate):
 
 @pytest.mark.parametrize("simulate, dtype", [(True, np.float16), (False, np.float16), (False, np.float32)])
 def test_selection(simulate, dtype):
-    """Fewer rows than wanted, none, more; every score twice, so that the lower row has to win."""
+    """Fewer rows than wanted, none, one more, many more; every score twice, so that the lower row has to win."""
     rng = np.random.default_rng(6)
     heads, width, n = 6, 32, 192
     grid = jax.jit(lambda x: simulate_ops.fp4_round_trip(x))
     rows = np.array(grid(draw(rng, 2, n, width)))
     rows[:, 1::2] = rows[:, ::2]
     q, weights, angle = draw(rng, 4, heads, width), draw(rng, 4, heads), draw(rng, 4, 4) * 3
-    visible = jnp.array([5, 150, 10**7, 129], jnp.int32)
+    visible = jnp.array([5, 150, 10**7, 22], jnp.int32)
     args = (q, jnp.cos(angle), jnp.sin(angle), weights, SEQUENCE)
     stored = jnp.asarray(rows.astype(dtype))
     run = kernel("indexer", top_k=21, simulate=simulate)
@@ -160,7 +174,7 @@ def test_tournament_of_scores(distinct, top_k, monkeypatch):
     chunk."""
     monkeypatch.setattr(indexer_kernels, "CHUNK", 64)
     rng = np.random.default_rng(distinct)
-    n, visible = 1000, np.array([1000, 19, 4, 777])
+    n, visible = 1000, np.array([1000, 20, 4, 777])
     scores = (rng.integers(0, distinct, (4, n)) - distinct // 2).astype(np.float32) * np.float32(1e-3)
     scores = np.where(rng.random((4, n)) < 0.5, -scores, scores)
     run = jax.jit(functools.partial(indexer_kernels.select, top_k=top_k, interpret=True))

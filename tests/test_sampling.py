@@ -146,14 +146,14 @@ def test_bad_settings_are_named(settings):
         Sampling(**settings).broadcast(2)
 
 
-sample = jax.jit(sample_rows)
+sample = jax.jit(sample_rows, static_argnames="together")
 
 
-def draw(logits, settings, seeds, positions, live=None):
+def draw(logits, settings, seeds, positions, live=None, together=False):
     batch, rows = positions.shape
     keys = jax.vmap(lambda s: jax.random.key(s, impl="threefry2x32"))(jnp.asarray(seeds))
     live = jnp.ones((batch, rows), bool) if live is None else jnp.asarray(live)
-    out = sample(jnp.asarray(logits), settings.broadcast(batch), keys, jnp.asarray(positions), live)
+    out = sample(jnp.asarray(logits), settings.broadcast(batch), keys, jnp.asarray(positions), live, together=together)
     return tuple(np.asarray(o) for o in out)
 
 
@@ -190,19 +190,20 @@ def test_logprob_is_the_unfiltered_one():
     np.testing.assert_allclose(logprobs[0], want, rtol=1e-6, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("filters", [{}, {"top_k": np.array([0, 40, 0]), "top_p": np.array([1.0, 0.9, 0.7])}])
+def test_a_row_does_not_depend_on_its_neighbours(filters):
     rng = np.random.default_rng(3)
     batch, rows, size = 3, 4, 501
     logits = (3 * rng.standard_normal((batch, rows, size))).astype(np.float32)
-    settings = Sampling(
-        temperature=np.array([0.0, 0.8, 1.2]), top_k=np.array([0, 40, 0]), top_p=np.array([1.0, 0.9, 0.7])
-    )
+    settings = Sampling(temperature=np.array([0.0, 0.8, 1.2]), **filters)
     seeds = [5, 6, 7]
     start = np.array([9, 100, 2**20], np.int32)
     positions = start[:, None] + np.arange(rows, dtype=np.int32)
     live = np.arange(rows) < np.array([4, 1, 3])[:, None]
     tokens, logprobs = draw(logits, settings, seeds, positions, live)
     assert len(set(tokens[live].tolist())) > 4
+    joint = draw(logits, settings, seeds, positions, live, together=True)
+    assert joint[0].tobytes() == tokens.tobytes() and joint[1].tobytes() == logprobs.tobytes()
     for b in range(batch):
         for r in range(rows):
             if not live[b, r]:

@@ -8,6 +8,7 @@ has `draft_rows` and `verified_rows`. By either rule a draft was right if the to
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from ds4jax.errors import RequestError
 from ds4jax.ops.rows import Live, map_rows
+from ds4jax.ops.sums import parted_sum
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +43,11 @@ class Sampling:
     top_k: Any = 0
     top_p: Any = 1.0
     min_p: Any = 0.0
+
+    @property
+    def filters(self) -> Any:
+        """Whether any filter is on."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
     def broadcast(self, batch: int) -> Sampling:
         """The same settings as arrays `[B]`, checked.
@@ -70,17 +77,21 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def filtered_logits(logits: Float[Array, " V"], sampling: Sampling) -> Float[Array, " V"]:
+def filtered_logits(logits: Float[Array, " V"], sampling: Sampling, *, filters: bool = True) -> Float[Array, " V"]:
     """Logits of the distribution that the filters leave: the largest is 0, tokens outside are -inf.
 
     `sampling` holds scalars. Every filter keeps a prefix of the tokens sorted by falling logit and rising id, so the
-    kept set is all tokens up to one (logit, id) pair.
+    kept set is all tokens up to one (logit, id) pair. Without `filters` there are none but the temperature.
     """
     best = jnp.argmax(logits).astype(jnp.int32)
     ids = jnp.arange(logits.shape[0], dtype=jnp.int32)
     greedy = sampling.temperature == 0
-    # Relative to the maximum before dividing: a tiny temperature cannot overflow.
-    scaled = (logits - logits[best]) / jnp.where(greedy, jnp.float32(1), sampling.temperature)
+    # A product, because XLA divides rows one way and a single row another. The smallest normal number: 1 / T is finite.
+    factor = 1.0 / jnp.maximum(jnp.where(greedy, jnp.float32(1), sampling.temperature), np.finfo(np.float32).tiny)
+    # Relative to the maximum: a tiny temperature cannot overflow.
+    scaled = (logits - logits[best]) * factor
+    if not filters:
+        return jnp.where(greedy & (ids != best), -jnp.inf, scaled)
     top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
 
     def last_kept() -> tuple[Array, Array]:
@@ -97,8 +108,7 @@ def filtered_logits(logits: Float[Array, " V"], sampling: Sampling) -> Float[Arr
     def no_filter() -> tuple[Array, Array]:
         return jnp.float32(-jnp.inf), jnp.int32(logits.shape[0])
 
-    filtering = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    value, token = lax.cond(filtering & ~greedy, last_kept, no_filter)
+    value, token = lax.cond(sampling.filters, last_kept, no_filter)
     kept = (scaled > value) | ((scaled == value) & (ids <= token))
     return jnp.where(jnp.where(greedy, ids == best, kept), scaled, -jnp.inf)
 
@@ -114,7 +124,12 @@ def position_noise(key: Key[Array, ""], position: Int[Array, ""], size: int) -> 
 
 
 def sample_token(
-    logits: Float[Array, " V"], sampling: Sampling, key: Key[Array, ""], position: Int[Array, ""]
+    logits: Float[Array, " V"],
+    sampling: Sampling,
+    key: Key[Array, ""],
+    position: Int[Array, ""],
+    *,
+    filters: bool = True,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """Draws the token at `position` by the Gumbel-max rule and returns it with its log-probability.
 
@@ -123,22 +138,29 @@ def sample_token(
     """
 
     def drawn() -> Array:
-        return jnp.argmax(filtered_logits(logits, sampling) + position_noise(key, position, logits.shape[0]))
+        kept = filtered_logits(logits, sampling, filters=filters)
+        return jnp.argmax(kept + position_noise(key, position, logits.shape[0]))
 
     token = lax.cond(sampling.temperature > 0, drawn, lambda: jnp.argmax(logits)).astype(jnp.int32)
     return token, token_logprob(logits, token)
 
 
 def token_logprob(logits: Float[Array, " V"], token: Int[Array, ""]) -> Float[Array, ""]:
-    """The model's log-probability of a token: log-softmax of the plain logits."""
-    return jax.nn.log_softmax(logits)[token]
+    """The model's log-probability of a token: log-softmax of the plain logits, the sum in the order of `parted_sum`."""
+    relative = logits - jnp.max(logits)
+    return relative[token] - jnp.log(parted_sum(jnp.exp(relative)))
 
 
 def draft_token(
-    logits: Float[Array, " V"], sampling: Sampling, key: Key[Array, ""], position: Int[Array, ""]
+    logits: Float[Array, " V"],
+    sampling: Sampling,
+    key: Key[Array, ""],
+    position: Int[Array, ""],
+    *,
+    filters: bool = True,
 ) -> tuple[Int[Array, ""], Float[Array, " V"]]:
     """Draws a draft with noise of its own; returns it with the distribution that it was drawn from."""
-    kept = filtered_logits(logits, sampling)
+    kept = filtered_logits(logits, sampling, filters=filters)
     noise = position_noise(jax.random.fold_in(key, DRAFTING), position, logits.shape[0])
     return jnp.argmax(kept + noise).astype(jnp.int32), jax.nn.softmax(kept)
 
@@ -150,6 +172,8 @@ def verified_token(
     sampling: Sampling,
     key: Key[Array, ""],
     position: Int[Array, ""],
+    *,
+    filters: bool = True,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The draft, or a token in its place, distributed as that of `sample_token` is; and its log-probability.
 
@@ -158,7 +182,7 @@ def verified_token(
     logits; otherwise the token is drawn from max(0, p - odds), normalised (Leviathan et al., arXiv 2211.17192, and Chen
     et al., arXiv 2302.01318).
     """
-    kept = filtered_logits(logits, sampling)
+    kept = filtered_logits(logits, sampling, filters=filters)
     chances = jax.nn.softmax(kept)
     judged = jax.random.fold_in(jax.random.fold_in(key, JUDGING), position)
     drafted = odds[draft] > 0
@@ -177,12 +201,17 @@ def sample_rows(
     keys: Key[Array, " B"],
     position: Int[Array, "B R"],
     live: Bool[Array, "B R"],
+    *,
+    together: bool = False,
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:
-    """`sample_token` of every live row, one row at a time; `sampling` and `keys` are per sequence.
+    """`sample_token` of every live row; `sampling` and `keys` are per sequence.
+
+    Rows are taken one at a time, or all `together` where no filter is on: the same values either way. One at a time,
+    absent rows cost nothing; together, there is no loop, which on a GPU waits for the host at every turn.
 
     Returns tokens and log-probabilities, zero where a row is absent.
     """
-    return _each_row(sample_token, sampling, keys, position, live, logits)
+    return _each_row(sample_token, together, sampling, keys, position, live, logits)
 
 
 def draft_rows(
@@ -191,9 +220,11 @@ def draft_rows(
     keys: Key[Array, " B"],
     position: Int[Array, "B R"],
     live: Bool[Array, "B R"],
+    *,
+    together: bool = False,
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R V"]]:
     """`draft_token` of every live row, as `sample_rows`."""
-    return _each_row(draft_token, sampling, keys, position, live, logits)
+    return _each_row(draft_token, together, sampling, keys, position, live, logits)
 
 
 def verified_rows(
@@ -204,13 +235,16 @@ def verified_rows(
     keys: Key[Array, " B"],
     position: Int[Array, "B R"],
     live: Bool[Array, "B R"],
+    *,
+    together: bool = False,
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:
     """`verified_token` of every live row, as `sample_rows`."""
-    return _each_row(verified_token, sampling, keys, position, live, logits, drafts, odds)
+    return _each_row(verified_token, together, sampling, keys, position, live, logits, drafts, odds)
 
 
 def _each_row(
     function: Callable[..., Any],
+    together: bool,
     sampling: Sampling,
     keys: Key[Array, " B"],
     position: Int[Array, "B R"],
@@ -221,12 +255,27 @@ def _each_row(
     batch, per_sequence = live.shape
     sequence = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), per_sequence)
 
-    def one(b: Array, at: Array, *row: Array) -> Any:
-        settings = jax.tree.map(lambda a: a[b[0]], sampling)
-        return jax.tree.map(lambda a: a[None], function(*(r[0] for r in row), settings, keys[b[0]], at[0]))
-
     def flat(a: Array) -> Array:
         return a.reshape(-1, *a.shape[2:])
 
-    results = map_rows(one, Live.of(flat(live)), sequence, flat(position), *map(flat, rows))
+    alive, arguments = Live.of(flat(live)), (sequence, *map(flat, (position, *rows)))
+
+    def one(filters: bool, b: Array, at: Array, *row: Array) -> Any:
+        settings = jax.tree.map(lambda a: a[b], sampling)
+        return function(*row, settings, keys[b], at, filters=filters)
+
+    def in_turn() -> Any:
+        def alone(*arrays: Array) -> Any:
+            return jax.tree.map(lambda a: a[None], one(True, *(a[0] for a in arrays)))
+
+        return map_rows(alone, alive, *arguments)
+
+    def at_once() -> Any:
+        def kept(a: Array) -> Array:
+            mask = alive.mask.reshape(-1, *[1] * (a.ndim - 1))
+            return jnp.where(mask, a, jnp.zeros((), a.dtype))
+
+        return jax.tree.map(kept, jax.vmap(functools.partial(one, False))(*arguments))
+
+    results = lax.cond(jnp.any(live & sampling.filters[:, None]), in_turn, at_once) if together else in_turn()
     return jax.tree.map(lambda a: a.reshape(batch, per_sequence, *a.shape[1:]), results)

@@ -45,6 +45,11 @@ class Steps:
         """
         return absent_rows_are_free(self.model.numerics) and self.limits.chunk <= SHARED_ROWS
 
+    @property
+    def _together(self) -> bool:
+        """Whether tokens are chosen for all rows at once: where absent rows are computed anyway."""
+        return not absent_rows_are_free(self.model.numerics)
+
     def start(self) -> DecodeState:
         """The state before anything is evaluated."""
         size, config = self.limits, self.model.config
@@ -140,9 +145,9 @@ class Steps:
             )
             chance = request.sampling, request.keys, position + 1, live
             if odds is None:
-                token, _ = sample_rows(logits, *chance)
+                token, _ = sample_rows(logits, *chance, together=self._together)
             else:
-                token, drawn_from = draft_rows(logits, *chance)
+                token, drawn_from = draft_rows(logits, *chance, together=self._together)
                 odds = lax.dynamic_update_slice(odds, drawn_from, (jnp.int32(0), index, jnp.int32(0)))
             return token, streams, cache, lax.dynamic_update_slice(drafted, token, (jnp.int32(0), index)), odds
 
@@ -167,8 +172,9 @@ class Steps:
         logits: Any = self.model.apply({"params": params}, streams, live, method="logits")
         chance = request.sampling, request.keys, position, live
         if odds is None:
-            return sample_rows(logits, *chance)
-        return verified_rows(logits, jnp.pad(drafted, [(0, 0), (0, 1)]), odds, *chance)
+            return sample_rows(logits, *chance, together=self._together)
+        drafts = jnp.pad(drafted, [(0, 0), (0, 1)])
+        return verified_rows(logits, drafts, odds, *chance, together=self._together)
 
 
 def _take_rows(streams: Float[Array, "B R H D"], rows: Int[Array, "B r"]) -> Float[Array, "B r H D"]:

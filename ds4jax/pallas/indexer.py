@@ -19,21 +19,27 @@ CHUNK = 4096  # candidates of which a program selects the best, unless they are 
 LOWEST = -(2**31)  # below the key of every score
 
 
-def _query(ptx: Instructions, live: Any, q: Any, cos: Any, sin: Any, out: Any, *, simulate: bool) -> None:
-    """One head of one row (`ops.attention.index_query`)."""
+def _query(
+    ptx: Instructions, live: Any, visible: Any, q: Any, cos: Any, sin: Any, out: Any, *, simulate: bool, top_k: int
+) -> None:
+    """One head of one row (`ops.attention.index_query`), unless all that it sees is chosen."""
     head, row = pl.program_id(0), pl.program_id(1)
     width, size = q.shape[2], out.shape[2]
     tail = width - 2 * cos.shape[1]
+    exists, length = live[row], visible[row]
+    place = jnp.arange(size, dtype=i32)
+    inside, offset = place < width, place - tail
+    rotated = inside & (offset >= 0)
+    y = load(q, row, head, place, mask=inside)
+    partner = load(q, row, head, partner_of(place, offset), mask=rotated)
+    c, s = angles(cos, sin, row, offset)
+    ptx.fence()
 
-    @pl.when(live[row] != 0)
+    @pl.when((exists != 0) & (length > top_k))
     def _() -> None:
-        place = jnp.arange(size, dtype=i32)
-        inside, offset = place < width, place - tail
-        rotated = inside & (offset >= 0)
-        y = load(q, row, head, place, mask=inside)
-        partner = load(q, row, head, partner_of(place, offset), mask=rotated)
-        y = jnp.where(rotated, turn(y, partner, *angles(cos, sin, row, offset)), y)
-        store(out, fp4_round_trip(ptx, hadamard(y)).astype(out.dtype) if simulate else y, row, head, place)
+        turned = jnp.where(rotated, turn(y, partner, c, s), y)
+        done = fp4_round_trip(ptx, hadamard(turned)).astype(out.dtype) if simulate else turned
+        store(out, done, row, head, place)
 
 
 def _scores(
@@ -47,20 +53,23 @@ def _scores(
     out: Any,
     *,
     scale: float,
+    top_k: int,
 ) -> None:
-    """Scores of `KEYS` rows for one query; rows that are not visible get none, or any."""
+    """Scores of `KEYS` rows for one query, unless all that it sees is chosen; of invisible rows none, or any."""
     row, start = pl.program_id(0), pl.program_id(1) * KEYS
     heads, size = weights.shape[1], q.shape[2]
     head = jnp.arange(max(next_power(heads), 16), dtype=i32)
     feature = jnp.arange(size, dtype=i32)
     exists, length, b = live[row], visible[row], sequence[row]
+    weight = load(weights, row, head, mask=head < heads) * jnp.float32(scale)
+    ptx.fence()
 
-    @pl.when((exists != 0) & (start < length))
+    @pl.when((exists != 0) & (start < length) & (length > top_k))
     def _() -> None:
         at = start + jnp.arange(KEYS, dtype=i32)
         there = (at < rows.shape[1])[:, None] & (feature < rows.shape[2])[None]
-        keys = load(rows, b, at[:, None], feature[None], mask=there)
         query = load(q, row, head[None], feature[:, None], mask=(head < heads)[None])
+        keys = load(rows, b, at[:, None], feature[None], mask=there)
         if q.dtype == jnp.bfloat16:
             dots = jnp.dot(keys.astype(jnp.bfloat16), query, preferred_element_type=f32)
         elif keys.dtype == jnp.float16:
@@ -69,7 +78,6 @@ def _scores(
             dots = dots + jnp.dot(keys, low, preferred_element_type=f32) * 2.0**-11
         else:
             dots = jnp.dot(keys, query, precision=lax.Precision.HIGHEST)
-        weight = load(weights, row, head, mask=head < heads) * jnp.float32(scale)
         store(out, ptx.tree_sum(weight[None] * jnp.maximum(dots, 0.0)), row, at, mask=at < rows.shape[1])
 
 
@@ -93,42 +101,53 @@ def _select(
     The k-th largest key is found bit by bit, from the number of keys that are not below a candidate.
     """
     part, row = pl.program_id(0), pl.program_id(1)
+    at = part * chunk + jnp.arange(size, dtype=i32)
+    inside = at < scores.shape[1]
     exists, length = live[row], visible[row]
+    score = load(scores, row, at, mask=inside)
+    index = at if ids is None else load(ids, row, at, mask=inside)
+    ptx.fence()
     for _level in range(level):
         length = (length + chunk - 1) // chunk * top_k
 
-    @pl.when((exists != 0) & ((part == 0) | (part * chunk < length)))
+    @pl.when((exists != 0) & (part == 0) & (length <= top_k))
     def _() -> None:
-        at = part * chunk + jnp.arange(size, dtype=i32)
-        valid = at < length
-        index = at
-        if ids is not None:
-            index = load(ids, row, at, mask=valid)
-            valid = valid & (index < empty)
-        score = load(scores, row, at, mask=valid)
+        store(best, jnp.where(at < length, index, empty), row, at, mask=at < top_k)  # scores are not asked for again
+
+    @pl.when((exists != 0) & (part * chunk < length) & (length > top_k))
+    def _() -> None:
+        valid = at < length if ids is None else (at < length) & (index < empty)
         bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
         key = jnp.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
 
-        def bisect(step: Array, low: Array) -> Array:
-            candidate = low + (jnp.int32(1) << (31 - step))
-            enough = jnp.sum((key >= candidate).astype(i32)) >= top_k
-            return jnp.where(enough, candidate, low)
+        def bisect(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            bit, low, count = state
+            candidate = low + (jnp.int32(1) << bit)
+            found = jnp.sum((key >= candidate).astype(i32))
+            enough = found >= top_k
+            return bit - 1, jnp.where(enough, candidate, low), jnp.where(enough, found, count)
 
-        steps = 32 * (jnp.sum(valid.astype(i32)) > top_k).astype(i32)
-        threshold = lax.fori_loop(jnp.int32(0), steps, bisect, jnp.int32(LOWEST))
-        above = valid & (key > threshold)
-        equal = valid & (key == threshold)
-        wanted = top_k - jnp.sum(above.astype(i32))
-        chosen = above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))
-        rank = jnp.cumsum(chosen.astype(i32)) - 1
-        # The others behind them: the interpreter writes every place, where masked what it holds.
-        slot = jnp.where(chosen, rank, top_k + jnp.arange(size, dtype=i32) - rank)
-        store(best, index, row, part * top_k + slot, mask=chosen)
-        if best_scores is not None:
-            store(best_scores, score, row, part * top_k + slot, mask=chosen)
+        def undecided(state: tuple[Array, Array, Array]) -> Array:
+            return (state[0] >= 0) & (state[2] > top_k)
+
+        start = (jnp.int32(31), jnp.int32(LOWEST), jnp.sum(valid.astype(i32)))
+        _, low, count = lax.while_loop(undecided, bisect, start)
         slots = jnp.arange(next_power(top_k), dtype=i32)
-        unused = (slots >= jnp.sum(chosen.astype(i32))) & (slots < top_k)
+        unused = (slots >= count) & (slots < top_k)
         store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
+
+        def first_of_equal() -> Array:
+            above, equal = valid & (key > low), valid & (key == low)
+            wanted = top_k - jnp.sum(above.astype(i32))
+            return (above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))).astype(i32)
+
+        chosen = lax.cond(count > top_k, first_of_equal, lambda: (valid & (key >= low)).astype(i32))
+        rank = jnp.cumsum(chosen) - 1
+        # The others behind them: the interpreter writes every place, where masked what it holds.
+        slot = jnp.where(chosen != 0, rank, top_k + jnp.arange(size, dtype=i32) - rank)
+        store(best, index, row, part * top_k + slot, mask=chosen != 0)
+        if best_scores is not None:
+            store(best_scores, score, row, part * top_k + slot, mask=chosen != 0)
 
 
 def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:
@@ -188,15 +207,17 @@ def indexer(
     """
     total, heads, width = q.shape
     n, size, mask = rows.shape[1], max(next_power(width), 16), live.astype(i32)
+    top_k = min(top_k, n)
 
     def query(ptx: Instructions, *refs: Any) -> None:
-        _query(ptx, *refs, simulate=simulate)
+        _query(ptx, *refs, simulate=simulate, top_k=top_k)
 
     prepared = launch(
         query,
         jax.ShapeDtypeStruct((total, heads, size), jnp.bfloat16 if simulate else f32),
         (heads, total),
         mask,
+        visible,
         q,
         cos,
         sin,
@@ -206,7 +227,7 @@ def indexer(
     )
 
     def score(ptx: Instructions, *refs: Any) -> None:
-        _scores(ptx, *refs, scale=1 / math.sqrt(heads * width))
+        _scores(ptx, *refs, scale=1 / math.sqrt(heads * width), top_k=top_k)
 
     scores = launch(
         score,
@@ -222,4 +243,4 @@ def indexer(
         warps=4,
         interpret=interpret,
     )
-    return select(mask, visible, scores, top_k=min(top_k, n), interpret=interpret)
+    return select(mask, visible, scores, top_k=top_k, interpret=interpret)

@@ -41,6 +41,10 @@ class Instructions(abc.ABC):
     def add_neighbours(self, x: Array) -> Array:
         """`x[2 i] + x[2 i + 1]` along the last axis."""
 
+    @abc.abstractmethod
+    def fence(self) -> None:
+        """No load moves over this: those before it are under way, although their values are used behind a branch."""
+
     def tree_sum(self, x: Array) -> Array:
         """Sum of the last axis, a power of two long: neighbours first, as in `ops.sums.ordered_sum`."""
         while x.shape[-1] > 1:
@@ -71,6 +75,9 @@ class Native(Instructions):
     def add_neighbours(self, x: Array) -> Array:
         # Two at a time, which leaves the compiler no order to choose.
         return jnp.sum(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), axis=-1)
+
+    def fence(self) -> None:
+        plt.debug_barrier()
 
     def divide(self, a: Array, b: Array) -> Array:
         return a / b
@@ -104,6 +111,9 @@ class Emulated(Instructions):
         pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
         return pairs[..., 0] + pairs[..., 1]  # XLA would merge the sums of one level with those of the next
 
+    def fence(self) -> None:
+        pass
+
     def divide(self, a: Array, b: Array) -> Array:
         # XLA turns a division by a constant into a product with its reciprocal.
         return a / jax.lax.optimization_barrier(b)
@@ -131,15 +141,35 @@ def split_f16(a: Array) -> tuple[Array, Array]:
     return high, ((a - high.astype(f32)) * 2.0**11).astype(jnp.float16)
 
 
-def dot_split(a: Array, b: Array) -> Array:
-    """`a @ b` for f32 `a [m, k]`; every size is at least 16 on a GPU.
+STACK = 8  # rows whose high parts stand together, and then their low parts: the 16 rows of a tensor core
 
-    With f16 `b` on tensor cores: `a` in two parts (`split_f16`), exact products, f32 sums. With f32 `b` in f32.
+
+def stacked(m: int) -> Array:
+    """Which of m rows, a multiple of `STACK`, the `2 m` places of `stack_f16` belong to."""
+    place = jnp.arange(2 * m, dtype=i32)
+    return place // (2 * STACK) * STACK + place % STACK
+
+
+def stack_f16(a: Array, dtype: Any) -> Array:
+    """What `dot_stacked` takes of f32 `a [2 m, k]`, rows in the order of `stacked(m)`, for a product with `dtype`.
+
+    With f16 one part of every value (`split_f16`), with f32 the value and in place of a low part zero.
     """
-    if b.dtype != jnp.float16:
-        return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
-    high, low = split_f16(a)
-    return jnp.dot(high, b, preferred_element_type=f32) + jnp.dot(low, b, preferred_element_type=f32) * 2.0**-11
+    high, low = split_f16(a) if dtype == jnp.float16 else (a, jnp.zeros_like(a))
+    return jnp.where(jax.lax.broadcasted_iota(i32, a.shape, 0) % (2 * STACK) < STACK, high, low)
+
+
+def dot_stacked(a: Array, b: Array) -> Array:
+    """f32 `[m, n]`: product of m rows, of which `a [2 m, k]` holds the parts (`stack_f16`), and `b [k, n]`.
+
+    Tensor cores take 16 rows at least; so 8 are enough, and all parts share one pass over `b`. Products are exact
+    with f16 `b`, sums f32. On a GPU k and n are at least 16.
+    """
+    m, n = a.shape[0] // 2, b.shape[1]
+    parts = jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=f32)
+    parts = parts.reshape(m // STACK, 2, STACK, n)
+    low = jax.lax.broadcasted_iota(i32, parts.shape, 1) == 1
+    return jnp.sum(jnp.where(low, parts * 2.0**-11, parts), axis=1).reshape(m, n)
 
 
 Index = Any
