@@ -1,7 +1,7 @@
 """Hyper-connections between two sub-layers: their few numbers, the collapse of the streams, its norm and its codes.
 
-One program of a row has the Sinkhorn iterations, for which nobody waits before the sub-layer is done. Every other one
-collapses the whole row for the sum of squares, and writes its own part.
+One program of a row has the Sinkhorn iterations, which the collapse does not need. Every other one collapses the whole
+row for the sum of squares, and writes its own part.
 """
 
 from __future__ import annotations

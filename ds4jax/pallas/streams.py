@@ -1,7 +1,7 @@
 """The streams of hyper-connections after a sub-layer, and the sums of their mix for the next one.
 
 Sums are those of `ops.sums.parted_sum`. A program has a branch of a part's tree, `SHARE` running sums, for `GROUP`
-outputs; it makes the new streams anew where it needs them, which costs less than waiting for another launch.
+outputs; it makes the new streams anew where it needs them instead of waiting for another launch.
 """
 
 from __future__ import annotations
