@@ -42,7 +42,7 @@ def empty_cache(config: ModelConfig, numerics: Numerics, context: int, rows: int
 
 
 def _observed(module: Any, method: str) -> bool:
-    return method in ("__call__", "pre", "route")
+    return method in ("__call__", "enter", "route")
 
 
 @functools.cache

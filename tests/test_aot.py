@@ -40,6 +40,7 @@ def test_kernels_and_decode_step(tmp_path):
         "shared expert",
         "attention CSA 64k",
         "indexer 64k ties",
+        "hyper_enter",
     ]
     found = compiled(tmp_path, *names)
     assert set(found["bytes"]) == set(names)

@@ -75,11 +75,10 @@ def layers(model: Golden) -> list[int]:
 
 @MODELS
 @ROWS
-def test_streams_after_every_layer(name, rows):
+def test_streams_before_every_layer_and_after_the_last(name, rows):
     model, seen = load(name), observed(name, rows).seen
-    want = [model.arrays[f"l{layer}/input"] for layer in layers(model)[1:]] + [model.arrays["final_streams"]]
     for layer in layers(model):
-        close(seen[f"layers_{layer}/__call__"][0], want[layer])
+        close(seen[f"layers_{layer}/hc_attn/enter"][0], model.arrays[f"l{layer}/input"])
     close(observed(name, rows).streams, model.arrays["final_streams"])
 
 
@@ -98,7 +97,7 @@ def test_attention_and_experts_of_every_layer(name, rows):
 def test_hyper_connections_of_every_layer(name, rows, half):
     model, seen = load(name), observed(name, rows).seen
     for layer in layers(model):
-        _, post, mixing = seen[f"layers_{layer}/hc_{half}/pre"]
+        _, _, post, mixing = seen[f"layers_{layer}/hc_{half}/enter"]
         close(post, model.arrays[f"l{layer}/{half}_hc_post"])
         close(mixing, model.arrays[f"l{layer}/{half}_hc_comb"])
 

@@ -77,6 +77,7 @@ CASES = {
     "q_norm_rope": glue(cases_glue.q_norm_rope(1, 192, 64)),
     "kv_store": glue(cases_glue.kv_store(40, 16, simulate=False)),
     "unrotate": glue(cases_glue.unrotate(4, 24, 8, groups=2)),
+    "hyper_enter": glue(cases_glue.hyper_enter(3, 24, iters=1)),
     "router": glue(cases_glue.router(12, 1100, 2)),
     "router, given ids": glue(cases_glue.router(12, 64, 2, "given")),
     "embed": ("embed", lambda t: ((same(t, 4),), (normal(5, 24),), {})),

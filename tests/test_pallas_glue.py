@@ -19,11 +19,13 @@ SMALL = {
     "q_norm_rope": cases.q_norm_rope(2, 192, 64),
     "unrotate": cases.unrotate(4, 192, 64, groups=2),
     "unrotate, heads within a block": cases.unrotate(8, 24, 8, groups=2),
-    "hyper_pre": cases.hyper_pre(4, 384),
-    "hyper_pre, odd": cases.hyper_pre(3, 24, iters=3),
-    "hyper_pre, sum of squares": cases.hyper_pre(2, 1024, iters=2, kind="one"),
+    "hyper_enter": cases.hyper_enter(2, 256, iters=2),
+    "hyper_enter, odd": cases.hyper_enter(3, 24, iters=3),
+    "hyper_enter, parts of a stream": cases.hyper_enter(2, 2048, iters=2, kind="one"),
+    "hyper_enter, streams in a part": cases.hyper_enter(2, 640, iters=2, kind="one"),
+    "hyper_enter, nothing pending": cases.hyper_enter(2, 1024, iters=2, kind="one", pending=False),
     "hyper_post": cases.hyper_post(4, 256),
-    "hyper_head": cases.hyper_head(4, 512),
+    "hyper_leave": cases.hyper_leave(4, 512),
     "router": cases.router(12, 1100, 4),
     "router, ties": cases.router(16, 64, 4, "ties"),
     "router, given ids": cases.router(8, 64, 4, "given"),
@@ -71,7 +73,7 @@ def test_kernel_equals_reference(name):
         assert_equal(kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how))
 
 
-@pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_pre", "router"])
+@pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_enter, streams in a part", "router"])
 def test_rows_do_not_depend_on_their_number(name):
     """More rows than run unasked: every second one is absent, and its content does not matter."""
     rows, shared, how = made(SMALL[name], 1)
@@ -83,7 +85,7 @@ def test_rows_do_not_depend_on_their_number(name):
 
 def test_free_floats_stay_within_rounding():
     """The mix projection and the router add float products in an order of their own."""
-    for case in (cases.hyper_pre(4, 384, kind="free"), cases.router(12, 1100, 4, "free")):
+    for case in (cases.hyper_enter(2, 256, iters=2, kind="free", act="f32"), cases.router(12, 1100, 4, "free")):
         rows, shared, how = made(case, 2)
         got, want = kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how)
         for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -76,45 +76,71 @@ def unrotate(heads: int, depth: int, rotary: int, groups: int) -> Case:
     return Case("unrotate", settings, lambda key, t: _rotated(key, t, rotary, heads, depth), lambda key: ())
 
 
-def _mixed(op: str, settings: dict[str, Any], streams: int, depth: int, outputs: int, scales: int, kind: str) -> Case:
-    """kind: "grid"; "one": each output is one free value; "free"."""
-    width = streams * depth
+def _streams(key: Array, rows: int, streams: int, depth: int, kind: str) -> Array:
+    if kind == "grid":
+        return grid(key, rows, streams, depth, unit=1 / 4)
+    return normal(key, (rows, streams, depth)) * (3 if kind == "free" else 1)
+
+
+def _returning(key: Array, rows: int, streams: int, depth: int, kind: str) -> tuple[Array, Array, Array]:
+    """Output of a sub-layer, its weights and the mixing."""
+    shapes = (rows, depth), (rows, streams), (rows, streams, streams)
+    keys = split(key, 3)
+    if kind == "grid":
+        out, post, mixing = (grid(k, *shape, unit=1 / 4) for k, shape in zip(keys, shapes, strict=True))
+    else:
+        out, post, mixing = (normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+    return out, post, mixing
+
+
+def _mix(key: Array, width: int, depth: int, outputs: int, scales: int, kind: str) -> tuple[Array, ...]:
+    """Weights of a mix and of the norm. kind: "grid"; "one": each output is one free value; "free"."""
+    k1, k2, k3, k4 = split(key, 4)
+    if kind == "grid":
+        fn = grid(k1, outputs, width, unit=1 / 512)
+    elif kind == "one":
+        place = jax.random.permutation(k1, width)[:outputs]
+        fn = (jnp.arange(width) == place[:, None]).astype(jnp.float32)
+    else:
+        fn = normal(k1, (outputs, width)) * width**-0.5
+    return fn.astype(jnp.float16), normal(k2, (scales,)), normal(k3, (outputs,)), normal(k4, (depth,))
+
+
+def hyper_enter(
+    streams: int, depth: int, iters: int = 20, kind: str = "grid", pending: bool = True, act: str = "q8"
+) -> Case:
+    """From sub-layer to sub-layer over `[T, streams, depth]`, `pending` or at the start; see `_mix` for `kind`."""
 
     def rows(key: Array, t: int) -> tuple[Any, ...]:
-        if kind == "grid":
-            return (grid(key, t, streams, depth, unit=1 / 4),)
-        return (normal(key, (t, streams, depth)) * (3 if kind == "free" else 1),)
+        k1, k2 = split(key)
+        x = _streams(k1, t, streams, depth, kind)
+        return x, _returning(k2, t, streams, depth, kind) if pending else None
 
     def shared(key: Array) -> tuple[Any, ...]:
-        k1, k2, k3 = split(key, 3)
-        if kind == "grid":
-            fn = grid(k1, outputs, width, unit=1 / 512)
-        elif kind == "one":
-            place = jax.random.permutation(k1, width)[:outputs]
-            fn = (jnp.arange(width) == place[:, None]).astype(jnp.float32)
-        else:
-            fn = normal(k1, (outputs, width)) * width**-0.5
-        return fn.astype(jnp.float16), normal(k2, (scales,)), normal(k3, (outputs,))
+        return _mix(key, streams * depth, depth, (2 + streams) * streams, 3, kind)
 
-    return Case(op, settings, rows, shared)
+    return Case("hyper_enter", {**FLOATS, "iters": iters, "act": act}, rows, shared)
 
 
-def hyper_pre(streams: int, depth: int, iters: int = 20, kind: str = "grid") -> Case:
-    """Mixing of `[T, streams, depth]`; see `_mixed` for `kind`."""
-    return _mixed("hyper_pre", {**FLOATS, "iters": iters}, streams, depth, (2 + streams) * streams, 3, kind)
+def hyper_leave(streams: int, depth: int) -> Case:
+    """From the streams to the vocabulary head."""
 
+    def rows(key: Array, t: int) -> tuple[Any, ...]:
+        return (_streams(key, t, streams, depth, "grid"),)
 
-def hyper_head(streams: int, depth: int) -> Case:
-    """Collapse of the streams before the final norm."""
-    return _mixed("hyper_head", FLOATS, streams, depth, streams, 1, "grid")
+    def shared(key: Array) -> tuple[Any, ...]:
+        return _mix(key, streams * depth, depth, streams, 1, "grid")
+
+    return Case("hyper_leave", {**FLOATS, "act": "q8"}, rows, shared)
 
 
 def hyper_post(streams: int, depth: int) -> Case:
     """Streams after a sub-layer."""
 
     def rows(key: Array, t: int) -> tuple[Any, ...]:
-        shapes = (t, depth), (t, streams, depth), (t, streams), (t, streams, streams)
-        return tuple(normal(k, shape) for k, shape in zip(split(key, 4), shapes, strict=True))
+        k1, k2 = split(key)
+        out, post, mixing = _returning(k1, t, streams, depth, "one")
+        return out, _streams(k2, t, streams, depth, "one"), post, mixing
 
     return Case("hyper_post", {}, rows, lambda key: ())
 
@@ -174,17 +200,18 @@ GLUE: dict[str, Case] = {
     "kv_store": kv_store(512, 64),
     "kv_store, no FP8": kv_store(512, 64, simulate=False),
     "unrotate": unrotate(64, 512, 64, groups=8),
-    "hyper_pre": hyper_pre(4, 4096),
-    "hyper_pre, sum of squares": hyper_pre(4, 4096, kind="one"),
-    "hyper_pre, free": hyper_pre(4, 4096, kind="free"),
+    "hyper_enter": hyper_enter(4, 4096),
+    "hyper_enter, every order of sums": hyper_enter(4, 4096, kind="one"),
+    "hyper_enter, nothing pending": hyper_enter(4, 4096, kind="one", pending=False),
+    "hyper_enter, free": hyper_enter(4, 4096, kind="free", act="f32"),
     "hyper_post": hyper_post(4, 4096),
-    "hyper_head": hyper_head(4, 4096),
+    "hyper_leave": hyper_leave(4, 4096),
     "router": router(256, 4096, 6),
     "router, ties": router(256, 4096, 6, "ties"),
     "router, given ids": router(256, 4096, 6, "given"),
     "router, free": router(256, 4096, 6, "free"),
 }
 
-BOUNDS = {"hyper_pre, free": 2e-5, "router, free": 2e-5}
+BOUNDS = {"hyper_enter, free": 2e-5, "router, free": 2e-5}
 """Largest difference of float results, relative to the largest value, where the order of a float dot is open: a few
 roundings per level of a sum of up to 16384 products, amplified at most about tenfold by exponentials."""

@@ -12,11 +12,25 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int
 
+from ds4jax.activation import Activation
 from ds4jax.model.attention import Attention, Keys
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import LayerCache, Rows
 from ds4jax.model.experts import MoE
 from ds4jax.ops.rows import Live
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """The residual streams `[T, H, D]`, and what is still to be returned to them (None: nothing).
+
+    pending: output `[T, D]` of the last sub-layer, its weights `[T, H]` and the mixing `[T, H, H]`. The next sub-layer
+        returns it to the streams and reads them in one go.
+    """
+
+    streams: Float[Array, "T H D"]
+    pending: tuple[Float[Array, "T D"], Float[Array, "T H"], Float[Array, "T H H"]] | None = None
 
 
 class HyperConnection(Layer):
@@ -28,27 +42,26 @@ class HyperConnection(Layer):
         self.base = self.weight("base", (2 + h) * h, init=nn.initializers.zeros)
         self.scale = self.weight("scale", 3)
 
-    def pre(self, x: Float[Array, "T H D"], live: Live) -> tuple[Array, Array, Array]:
-        """Collapsed input, output weights and mixing matrix."""
+    def enter(
+        self, x: Residual, weight: Float[Array, " D"], live: Live
+    ) -> tuple[Float[Array, "T H D"], Activation, Float[Array, "T H"], Float[Array, "T H H"]]:
+        """The streams with nothing pending, the sub-layer's normed input, its output weights and mixing matrix."""
         c = self.config
         return self.op(
-            "hyper_pre",
+            "hyper_enter",
             live,
-            (x,),
-            (self.fn, self.scale, self.base),
+            (x.streams, x.pending),
+            (self.fn, self.scale, self.base, weight),
             iters=c.hc_sinkhorn_iters,
             eps=c.rms_norm_eps,
             hc_eps=c.hc_eps,
+            act=self.numerics.act,
             precision=self.numerics.precision,
         )
 
-    def post(self, out: Array, x: Array, post: Array, mixing: Array, live: Live) -> Float[Array, "T H D"]:
-        """The streams after the sub-layer."""
-        return self.op("hyper_post", live, (out, x, post, mixing))
-
 
 class HyperHead(Layer):
-    """Collapse of the streams before the final norm."""
+    """Collapse of the streams and the final norm."""
 
     def setup(self) -> None:
         h = self.config.hc_mult
@@ -56,15 +69,17 @@ class HyperHead(Layer):
         self.base = self.weight("base", h, init=nn.initializers.zeros)
         self.scale = self.weight("scale", 1)
 
-    def __call__(self, x: Float[Array, "T H D"], live: Live) -> Float[Array, "T D"]:
+    def __call__(self, streams: Float[Array, "T H D"], weight: Float[Array, " D"], live: Live) -> Activation:
+        """`weight` is that of the norm."""
         c = self.config
         return self.op(
-            "hyper_head",
+            "hyper_leave",
             live,
-            (x,),
-            (self.fn, self.scale, self.base),
+            (streams,),
+            (self.fn, self.scale, self.base, weight),
             eps=c.rms_norm_eps,
             hc_eps=c.hc_eps,
+            act=self.numerics.act,
             precision=self.numerics.precision,
         )
 
@@ -94,26 +109,31 @@ class DecoderLayer(Layer):
 
     def __call__(
         self,
-        x: Float[Array, "T H D"],
+        x: Residual,
         tokens: Int[Array, " T"],
         rows: Rows,
         cache: LayerCache,
         table: Table,
         frequencies: Array,
         first: int = 0,
-    ) -> tuple[Float[Array, "T H D"], LayerCache]:
-        live = rows.live
-        y, post, mixing = self.hc_attn.pre(x, live)
-        out, cache = self.attn(self.normed(y, self.attn_norm, live), rows, cache, table, frequencies, first)
-        x = self.hc_attn.post(out, x, post, mixing, live)
-        y, post, mixing = self.hc_ffn.pre(x, live)
-        out = self.moe(self.normed(y, self.ffn_norm, live), tokens, live)
-        return self.hc_ffn.post(out, x, post, mixing, live), cache
+    ) -> tuple[Residual, LayerCache]:
+        streams, a, post, mixing = self.hc_attn.enter(x, self.attn_norm, rows.live)
+        out, cache = self.attn(a, rows, cache, table, frequencies, first)
+        x = Residual(streams, (out, post, mixing))
+        streams, a, post, mixing = self.hc_ffn.enter(x, self.ffn_norm, rows.live)
+        return Residual(streams, (self.moe(a, tokens, rows.live), post, mixing)), cache
 
-    def append(self, x: Float[Array, "T H D"], rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
+    def finish(self, x: Residual, live: Live) -> Float[Array, "T H D"]:
+        """The streams with nothing pending."""
+        if x.pending is None:
+            return x.streams
+        out, post, mixing = x.pending
+        return self.op("hyper_post", live, (out, x.streams, post, mixing))
+
+    def append(self, streams: Float[Array, "T H D"], rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
         """Only what later rows need of these: their raw rows."""
-        y, _, _ = self.hc_attn.pre(x, rows.live)
-        return self.attn.append(self.normed(y, self.attn_norm, rows.live), rows, cache, table)
+        _, a, _, _ = self.hc_attn.enter(Residual(streams), self.attn_norm, rows.live)
+        return self.attn.append(a, rows, cache, table)
 
     def sequence(
         self,
@@ -124,13 +144,10 @@ class DecoderLayer(Layer):
         earlier: Float[Array, "B S d"] | None = None,
     ) -> tuple[Float[Array, "B S H D"], Aux]:
         batch, s = tokens.shape
-        live = Live.all(batch * s)
-        x = x.reshape(batch * s, *x.shape[2:])
-        y, post, mixing = self.hc_attn.pre(x, live)
-        y = self.normed(y, self.attn_norm, live).x.reshape(batch, s, -1)
-        out, keys = self.attn.sequence(y, table, frequencies, earlier)
-        x = self.hc_attn.post(out.reshape(batch * s, -1), x, post, mixing, live)
-        y, post, mixing = self.hc_ffn.pre(x, live)
-        out, load = self.moe.sequence(self.normed(y, self.ffn_norm, live), tokens.reshape(-1))
-        x = self.hc_ffn.post(out, x, post, mixing, live)
-        return x.reshape(batch, s, *x.shape[1:]), Aux(keys, load)
+        live, residual = Live.all(batch * s), Residual(x.reshape(batch * s, *x.shape[2:]))
+        streams, a, post, mixing = self.hc_attn.enter(residual, self.attn_norm, live)
+        out, keys = self.attn.sequence(a.x.reshape(batch, s, -1), table, frequencies, earlier)
+        residual = Residual(streams, (out.reshape(batch * s, -1), post, mixing))
+        streams, a, post, mixing = self.hc_ffn.enter(residual, self.ffn_norm, live)
+        out, load = self.moe.sequence(a, tokens.reshape(-1))
+        return self.finish(Residual(streams, (out, post, mixing)), live).reshape(x.shape), Aux(keys, load)

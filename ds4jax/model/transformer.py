@@ -13,7 +13,7 @@ from ds4jax.activation import Activation
 from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import Cache, Rows
-from ds4jax.model.layers import Aux, DecoderLayer, HyperHead
+from ds4jax.model.layers import Aux, DecoderLayer, HyperHead, Residual
 from ds4jax.ops.rope import rope_frequencies
 from ds4jax.ops.rows import Live
 
@@ -46,7 +46,7 @@ class MTPBlock(Layer):
 
     def collapse(self, streams: Float[Array, "T H D"], live: Live) -> Activation:
         """Input of the vocabulary head."""
-        return self.normed(self.hc_head(streams, live), self.norm_weight, live)
+        return self.hc_head(streams, self.norm_weight, live)
 
 
 @jax.tree_util.register_dataclass
@@ -121,18 +121,18 @@ class DeepSeekV4(Layer):
         rows = Rows.of(start, count, r)
         flat = tokens.reshape(-1)
         tables = self._tables(rows.position, rows.live)
-        x, layers = self._streams(flat, rows.live), []
+        x, layers = Residual(self._streams(flat, rows.live)), []
         for layer, state in zip(self.layers, cache.layers, strict=True):
             x, state = layer(x, flat, rows, state, *tables[layer.ratio > 0])
             layers.append(state)
-        return x.reshape(batch, r, *x.shape[1:]), dataclasses.replace(cache, layers=tuple(layers))
+        streams = self.layers[-1].finish(x, rows.live)
+        return streams.reshape(batch, r, *streams.shape[1:]), dataclasses.replace(cache, layers=tuple(layers))
 
     def logits(self, streams: Float[Array, "B R H D"], live: Bool[Array, "B R"]) -> Float[Array, "B R V"]:
         """Logits of the next token from the trunk's streams."""
         batch, r, h, d = streams.shape
         flat, alive = streams.reshape(batch * r, h, d), Live.of(live.reshape(-1))
-        hidden = self.normed(self.hc_head(flat, alive), self.norm_weight, alive)
-        return self._head(hidden, alive).reshape(batch, r, -1)
+        return self._head(self.hc_head(flat, self.norm_weight, alive), alive).reshape(batch, r, -1)
 
     def draft(
         self,
@@ -148,12 +148,13 @@ class DeepSeekV4(Layer):
         it (the trunk's, or this block's own when drafting on).
         """
         batch, r = tokens.shape
-        x, rows, flat = self._pairs(tokens, streams, start, count)
+        pairs, rows, flat = self._pairs(tokens, streams, start, count)
         table, frequencies = self._tables(rows.position, rows.live)[False]
         assert cache.mtp is not None, "the cache was made for a model without an MTP block"
-        x, state = self.mtp.layer(x, flat, rows, cache.mtp, table, frequencies, first=1)
-        logits = self._head(self.mtp.collapse(x, rows.live), rows.live)
-        return logits.reshape(batch, r, -1), x.reshape(batch, r, *x.shape[1:]), dataclasses.replace(cache, mtp=state)
+        x, state = self.mtp.layer(Residual(pairs), flat, rows, cache.mtp, table, frequencies, first=1)
+        own = self.mtp.layer.finish(x, rows.live)
+        logits = self._head(self.mtp.collapse(own, rows.live), rows.live)
+        return logits.reshape(batch, r, -1), own.reshape(streams.shape), dataclasses.replace(cache, mtp=state)
 
     def draft_prefill(
         self,

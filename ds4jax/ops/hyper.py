@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ds4jax.activation import Activation
 from ds4jax.ops.linear import float_dot
+from ds4jax.ops.norm import norm
 from ds4jax.ops.sums import ordered_sum, parted_sum
 
 
@@ -95,3 +97,45 @@ def hyper_head(
     """Collapse of the streams before the final norm."""
     weights = sigmoid(_mix(x, fn, eps, precision) * scale[0] + base) + jnp.float32(hc_eps)
     return _collapse(weights, x)
+
+
+def hyper_enter(
+    x: Float[Array, "T H D"],
+    pending: tuple[Float[Array, "T D"], Float[Array, "T H"], Float[Array, "T H H"]] | None,
+    fn: Float[Array, "M HD"],
+    scale: Float[Array, " 3"],
+    base: Float[Array, " M"],
+    weight: Float[Array, " D"],
+    *,
+    iters: int,
+    eps: float,
+    hc_eps: float,
+    act: str,
+    precision: str,
+) -> tuple[Float[Array, "T H D"], Activation, Float[Array, "T H"], Float[Array, "T H H"]]:
+    """From one sub-layer into the next: `hyper_post` of what is pending (None: nothing), `hyper_pre`, `norm`.
+
+    `pending` is the last sub-layer's output `[T, D]` with its weights `[T, H]` and mixing `[T, H, H]`. Returns the new
+    streams, the next sub-layer's input, and its weights and mixing.
+    """
+    if pending is not None:
+        out, post, mixing = pending
+        x = hyper_post(out, x, post, mixing)
+    y, post, mixing = hyper_pre(x, fn, scale, base, iters=iters, eps=eps, hc_eps=hc_eps, precision=precision)
+    return x, norm(y, weight, eps=eps, act=act), post, mixing
+
+
+def hyper_leave(
+    x: Float[Array, "T H D"],
+    fn: Float[Array, "H HD"],
+    scale: Float[Array, " 1"],
+    base: Float[Array, " H"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+    hc_eps: float,
+    act: str,
+    precision: str,
+) -> Activation:
+    """From the streams to the vocabulary head: `hyper_head`, `norm`."""
+    return norm(hyper_head(x, fn, scale, base, eps=eps, hc_eps=hc_eps, precision=precision), weight, eps=eps, act=act)

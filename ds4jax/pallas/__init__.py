@@ -21,6 +21,7 @@ from ds4jax.pallas import norm as _norm
 from ds4jax.pallas import quantise as _quantise
 from ds4jax.pallas import rope as _rope
 from ds4jax.pallas import router as _router
+from ds4jax.pallas import streams as _streams
 from ds4jax.pallas.formats import FORMATS
 from ds4jax.quants import QTensor
 
@@ -44,9 +45,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "q_norm_rope": _rope.q_norm_rope,
     "kv_store": _rope.kv_store,
     "unrotate": _rope.unrotate,
-    "hyper_pre": _hyper.hyper_pre,
-    "hyper_post": _hyper.hyper_post,
-    "hyper_head": _hyper.hyper_head,
+    "hyper_enter": _hyper.hyper_enter,
+    "hyper_post": _streams.hyper_post,
+    "hyper_leave": _hyper.hyper_leave,
     "router": _router.route,
     "compress_store": _compress.compress_store,
     "indexer": _indexer.indexer,

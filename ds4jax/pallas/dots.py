@@ -16,11 +16,8 @@ from ds4jax.pallas.rows import LANES, ROWS
 PART = 1024  # columns that a program adds up (`ops.sums.parted_sum`)
 
 
-def partial_dots(live: Array, x: Array, w: Array, *, squares: bool, name: str, interpret: bool) -> Array:
-    """Products of `x [T, K]` with `w [N, K]`, and of `x` with itself, added up per part of 1024 columns.
-
-    Returns `[T, parts, N]`, or with squares `[T, parts, N + 1]`.
-    """
+def partial_dots(live: Array, x: Array, w: Array, *, name: str, interpret: bool) -> Array:
+    """Products of `x [T, K]` with `w [N, K]`, added up per part of 1024 columns: `[T, parts, N]`."""
     (total, width), outputs = x.shape, w.shape[0]
     rows = min(total, ROWS)
     tiles, parts = -(-total // rows), -(-width // PART)
@@ -35,30 +32,25 @@ def partial_dots(live: Array, x: Array, w: Array, *, squares: bool, name: str, i
         def values(ref: Any, row: Any) -> list[Array]:
             return [load(ref, row, place, mask=place < width if ragged else None).astype(f32) for place in places]
 
-        def total_of(m: Any, factors: list[Array] | None) -> Array:
-            row = values(x, m)
-            products = [a * b for a, b in zip(row, row if factors is None else factors, strict=True)]
-            return ptx.tree_sum(functools.reduce(jnp.add, products))
+        factors = values(w, column)
 
-        def one_row(m: Any, factors: list[Array] | None) -> None:
-            out[m, part, column] = total_of(m, factors)
+        def total_of(m: Any) -> Array:
+            return ptx.tree_sum(functools.reduce(jnp.add, [a * b for a, b in zip(values(x, m), factors, strict=True)]))
 
-        def every_row(factors: list[Array] | None) -> None:
-            if tiles == 1:
-                for m, value in enumerate([total_of(m, factors) for m in range(rows)]):
-                    out[m, part, column] = value
-            else:
-                for m in range(rows):
-                    pl.when(live[first + m] != 0)(functools.partial(one_row, first + m, factors))
+        def one_row(m: Any) -> None:
+            out[m, part, column] = total_of(m)
 
-        if squares:
-            pl.when(column == outputs)(lambda: every_row(None))
-        pl.when(column < outputs)(lambda: every_row(values(w, column)))
+        if tiles == 1:
+            for m, value in enumerate([total_of(m) for m in range(rows)]):
+                out[m, part, column] = value
+        else:
+            for m in range(rows):
+                pl.when(live[first + m] != 0)(functools.partial(one_row, first + m))
 
     return launch(
         kernel,
-        jax.ShapeDtypeStruct((total, parts, outputs + squares), f32),
-        (tiles, parts, outputs + squares),
+        jax.ShapeDtypeStruct((total, parts, outputs), f32),
+        (tiles, parts, outputs),
         mask,
         x,
         w,

@@ -1,9 +1,14 @@
-"""Hyper-connections: partial sums of the mix, then its few numbers and the collapse; the return to the streams."""
+"""Hyper-connections between two sub-layers: their few numbers, the collapse of the streams, its norm and its codes.
+
+One program of a row has the Sinkhorn iterations, which the collapse does not need. Every other one collapses the whole
+row for the sum of squares, and writes its own part.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -11,15 +16,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from ds4jax.pallas.dots import partial_dots
+from ds4jax.activation import Q8, Activation
+from ds4jax.pallas.norm import row_shapes
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
-from ds4jax.pallas.rows import add_in_tree, part_size, pick, when_live
+from ds4jax.pallas.quantise import store_q8
+from ds4jax.pallas.rows import LANES, ROWS, add_in_tree, part_size, pick, when_live
+from ds4jax.pallas.streams import Pending, collapse, hyper_mix
 
-PART = 256  # features that a program collapses
-POST_PART = 128  # features that a program of `hyper_post` returns to the streams
+PART = 512  # features that a program writes
+STEPS = 8  # of the sum of squares that a program loads at once
+WARPS = 4  # a lane of each has one running sum of squares
 
 Matrix = list[list[Array]]
-"""Elements `[H][H]`, each the same in all lanes of a warp: small enough to live in registers."""
+"""Elements `[H][H]`, each the same in all lanes: small enough to live in registers."""
 
 
 def sigmoid(x: Array) -> Array:
@@ -51,144 +60,175 @@ def sinkhorn(ptx: Instructions, logits: Matrix, iters: int, eps: float) -> Matri
     return lax.fori_loop(0, iters - 1, lambda _, m: columns(rows(m)), first)
 
 
-def mix(ptx: Instructions, parts: Any, row: Any, outputs: int, width: int, eps: float) -> Array:
-    """Projections of a row's normalised streams, from the partial sums of `partial_dots` with squares."""
-    lane = jnp.arange(next_power(outputs + 1), dtype=i32)
-    total = add_in_tree([load(parts, row, part, lane, mask=lane <= outputs) for part in range(parts.shape[1])])
-    return total * lax.rsqrt(pick(total, outputs) * jnp.float32(1 / width) + jnp.float32(eps))
+def logits(leaves: Any, scale: Any, base: Any, row: Any, width: int, eps: float) -> Array:
+    """Projections of a row's normalised streams by `hyper_mix`, scaled and shifted, one per lane: `[H | H | H H]`."""
+    outputs, lane = leaves.shape[2] - 1, jnp.arange(next_power(leaves.shape[2]), dtype=i32)
+    terms = [load(leaves, row, leaf, lane, mask=lane <= outputs) for leaf in range(leaves.shape[1])]
+    h = outputs if scale.shape[0] == 1 else math.isqrt(outputs + 1) - 1
+    factor = load(scale, jnp.where(lane < h, 0, jnp.where(lane < 2 * h, 1, 2)), mask=lane < outputs, early=True)
+    offset = load(base, lane, mask=lane < outputs, early=True)
+    total = add_in_tree(terms)
+    mean = pick(total, outputs) * jnp.float32(1 / width)
+    return total * lax.rsqrt(mean + jnp.float32(eps)) * factor + offset
 
 
-def collapse(streams: list[Array], weights: list[Array]) -> Array:
-    """Weighted sum of the streams in order."""
-    return functools.reduce(jnp.add, [weight * stream for weight, stream in zip(weights, streams, strict=True)])
+def mean_of_squares(ptx: Instructions, x: Any, row: Any, weights: list[Array]) -> Array:
+    """Of the collapse of a row, with the sum of `ops.norm.rms_norm`."""
+    h, depth = x.shape[1:]
+    lanes = min(LANES, next_power(depth))
+    count = -(-depth // lanes)
+    steps = max(n for n in range(1, STEPS + 1) if count % n == 0)
+
+    def more(turn: Any, total: Array) -> Array:
+        places = [(turn * steps + n) * lanes + jnp.arange(lanes, dtype=i32) for n in range(steps)]
+        masks = [None if depth % lanes == 0 else place < depth for place in places]
+        loaded = [
+            [load(x, row, k, place, mask=mask, early=True) for k in range(h)]
+            for place, mask in zip(places, masks, strict=True)
+        ]
+        values = [collapse(streams, weights) for streams in loaded]
+        return functools.reduce(jnp.add, [v * v for v in values], total)
+
+    total = lax.fori_loop(0, count // steps, more, jnp.zeros(lanes, f32))
+    return ptx.tree_sum(total) * jnp.float32(1 / depth)
 
 
-def hyper_pre(
+def _normed(
+    live: Array,
+    x: Array,
+    leaves: Array,
+    scale: Array,
+    base: Array,
+    weight: Array,
+    *,
+    iters: int | None,
+    eps: float,
+    hc_eps: float,
+    act: str,
+    name: str,
+    interpret: bool,
+) -> tuple[Activation, list[Array]]:
+    """The normed collapse, and with `iters` the weights of the output and the mixing matrix."""
+    rows, h, depth = x.shape
+    size = part_size(depth, PART if rows <= ROWS else 4 * PART)
+    coded = act == "q8" and depth % 32 == 0
+    extra, lanes = 0 if iters is None else 1, next_power(leaves.shape[2])
+
+    def kernel(
+        ptx: Instructions, live: Any, x: Any, leaves: Any, scale: Any, base: Any, weight: Any, y: Any, *outs: Any
+    ) -> None:
+        row, part = pl.program_id(0), pl.program_id(1) - extra
+
+        def collapsed(values: Array) -> None:
+            place, gates = pl.ds(part * size, size), sigmoid(values)
+            weights = [pick(gates, k) + jnp.float32(hc_eps) for k in range(h)]
+            own, factor = [load(x, row, k, place, early=True) for k in range(h)], load(weight, place, early=True)
+            inverse = lax.rsqrt(mean_of_squares(ptx, x, row, weights) + jnp.float32(eps))
+            normed = collapse(own, weights) * inverse * factor
+            store(y, normed, row, place)
+            if coded:
+                store_q8(ptx, outs[0], outs[1], normed, row, part * (size // 32))
+
+        def returning(values: Array, iters: int) -> None:
+            (post, mixing), lane = outs[-2:], jnp.arange(lanes, dtype=i32)
+            store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
+            # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
+            tile = (max(32, next_power(h * h)),)
+            start = [jnp.broadcast_to(pick(values, 2 * h + index), tile) for index in range(h * h)]
+            rows_of = [start[index : index + h] for index in range(0, h * h, h)]
+            result, place = jnp.zeros(tile, f32), jnp.arange(tile[0], dtype=i32)
+            for index, v in enumerate(itertools.chain(*sinkhorn(ptx, rows_of, iters, hc_eps))):
+                result = jnp.where(place == index, v, result)
+            store(mixing, result, row, place, mask=place < h * h)
+
+        @when_live(live, row)
+        def _() -> None:
+            values = logits(leaves, scale, base, row, h * depth, eps)
+            if iters is None:
+                collapsed(values)
+            else:
+                pl.when(part >= 0)(functools.partial(collapsed, values))
+                pl.when(part < 0)(functools.partial(returning, values, iters))
+
+    numbers = tuple(jax.ShapeDtypeStruct((rows, n), f32) for n in (h, h * h))
+    y, *outs = launch(
+        kernel,
+        (*row_shapes(rows, depth, coded), *numbers[: 2 * extra]),
+        (rows, depth // size + extra),
+        live.astype(i32),
+        x,
+        leaves,
+        scale,
+        base,
+        weight,
+        name=name,
+        warps=WARPS,
+        interpret=interpret,
+    )
+    return Activation(y, Q8(*outs[:2]) if coded else None), outs[2 * coded :]
+
+
+def hyper_enter(
+    live: Array,
+    x: Array,
+    pending: Pending,
+    fn: Array,
+    scale: Array,
+    base: Array,
+    weight: Array,
+    *,
+    iters: int,
+    eps: float,
+    hc_eps: float,
+    act: str,
+    interpret: bool,
+) -> tuple[Array, Activation, Array, Array]:
+    """Kernel of `ops.hyper.hyper_enter`."""
+    rows, h, _ = x.shape
+    x, leaves = hyper_mix(live, x, pending, fn, interpret=interpret)
+    a, (post, mixing) = _normed(
+        live,
+        x,
+        leaves,
+        scale,
+        base,
+        weight,
+        iters=iters,
+        eps=eps,
+        hc_eps=hc_eps,
+        act=act,
+        name="hyper_enter",
+        interpret=interpret,
+    )
+    return x, a, post, mixing.reshape(rows, h, h)
+
+
+def hyper_leave(
     live: Array,
     x: Array,
     fn: Array,
     scale: Array,
     base: Array,
+    weight: Array,
     *,
-    iters: int,
     eps: float,
     hc_eps: float,
+    act: str,
     interpret: bool,
-) -> tuple[Array, Array, Array]:
-    """Kernel of `ops.hyper.hyper_pre`: the last program of a row has the Sinkhorn iterations, the others its parts."""
-    (rows, h, depth), outputs = x.shape, fn.shape[0]
-    size = part_size(depth, PART)
-    parts = partial_dots(live, x.reshape(rows, -1), fn, squares=True, name="hyper_mix", interpret=interpret)
-
-    def kernel(ptx: Instructions, live: Any, parts: Any, x: Any, scale: Any, base: Any, *outs: Any) -> None:
-        row, part = pl.program_id(0), pl.program_id(1)
-        collapsed, post, mixing = outs
-
-        @when_live(live, row)
-        def _() -> None:
-            lane = jnp.arange(next_power(outputs + 1), dtype=i32)
-
-            def logits() -> Array:
-                kind = jnp.where(lane < h, 0, jnp.where(lane < 2 * h, 1, 2))
-                factor, offset = load(scale, kind), load(base, lane, mask=lane < outputs)
-                return mix(ptx, parts, row, outputs, h * depth, eps) * factor + offset
-
-            @pl.when(part < depth // size)
-            def _() -> None:
-                place = pl.ds(part * size, size)
-                streams, gates = [load(x, row, stream, place) for stream in range(h)], sigmoid(logits())
-                weights = [pick(gates, stream) + jnp.float32(hc_eps) for stream in range(h)]
-                store(collapsed, collapse(streams, weights), row, place)
-
-            @pl.when(part == depth // size)
-            def _() -> None:
-                values = logits()
-                store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
-                # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
-                tile = (max(32, next_power(h * h)),)
-                start = [jnp.broadcast_to(pick(values, 2 * h + index), tile) for index in range(h * h)]
-                rows_of = [start[index : index + h] for index in range(0, h * h, h)]
-                result, place = jnp.zeros(tile, f32), jnp.arange(tile[0], dtype=i32)
-                for index, weight in enumerate(itertools.chain(*sinkhorn(ptx, rows_of, iters, hc_eps))):
-                    result = jnp.where(place == index, weight, result)
-                store(mixing, result, row, place, mask=place < h * h)
-
-    collapsed, post, mixing = launch(
-        kernel,
-        tuple(jax.ShapeDtypeStruct(shape, f32) for shape in ((rows, depth), (rows, h), (rows, h * h))),
-        (rows, depth // size + 1),
-        live.astype(i32),
-        parts,
+) -> Activation:
+    """Kernel of `ops.hyper.hyper_leave`."""
+    x, leaves = hyper_mix(live, x, None, fn, interpret=interpret)
+    return _normed(
+        live,
         x,
+        leaves,
         scale,
         base,
-        name="hyper_pre",
-        warps=1,
+        weight,
+        iters=None,
+        eps=eps,
+        hc_eps=hc_eps,
+        act=act,
+        name="hyper_leave",
         interpret=interpret,
-    )
-    return collapsed, post, mixing.reshape(rows, h, h)
-
-
-def hyper_head(
-    live: Array, x: Array, fn: Array, scale: Array, base: Array, *, eps: float, hc_eps: float, interpret: bool
-) -> Array:
-    """Kernel of `ops.hyper.hyper_head`."""
-    rows, h, depth = x.shape
-    size = part_size(depth, PART)
-    parts = partial_dots(live, x.reshape(rows, -1), fn, squares=True, name="hyper_mix", interpret=interpret)
-
-    def kernel(ptx: Instructions, live: Any, parts: Any, x: Any, scale: Any, base: Any, out: Any) -> None:
-        row, part = pl.program_id(0), pl.program_id(1)
-
-        @when_live(live, row)
-        def _() -> None:
-            lane, place = jnp.arange(next_power(h + 1), dtype=i32), pl.ds(part * size, size)
-            streams, offset = [load(x, row, stream, place) for stream in range(h)], load(base, lane, mask=lane < h)
-            gates = sigmoid(mix(ptx, parts, row, h, h * depth, eps) * scale[0] + offset)
-            weights = [pick(gates, stream) + jnp.float32(hc_eps) for stream in range(h)]
-            store(out, collapse(streams, weights), row, place)
-
-    return launch(
-        kernel,
-        jax.ShapeDtypeStruct((rows, depth), f32),
-        (rows, depth // size),
-        live.astype(i32),
-        parts,
-        x,
-        scale,
-        base,
-        name="hyper_head",
-        warps=1,
-        interpret=interpret,
-    )
-
-
-def hyper_post(live: Array, out: Array, x: Array, post: Array, mixing: Array, *, interpret: bool) -> Array:
-    """Kernel of `ops.hyper.hyper_post`."""
-    rows, h, depth = x.shape
-    size = part_size(depth, POST_PART)
-
-    def kernel(ptx: Instructions, live: Any, out: Any, x: Any, post: Any, mixing: Any, streams: Any) -> None:
-        row, part = pl.program_id(0), pl.program_id(1)
-
-        @when_live(live, row)
-        def _() -> None:
-            place = pl.ds(part * size, size)
-            inputs = [load(out, row, place), *(load(x, row, j, place) for j in range(h))]
-            weights = [[post[row, k], *(mixing[row, j, k] for j in range(h))] for k in range(h)]
-            for k, total in enumerate([collapse(inputs, each) for each in weights]):
-                store(streams, total, row, k, place)
-
-    return launch(
-        kernel,
-        jax.ShapeDtypeStruct(x.shape, f32),
-        (rows, depth // size),
-        live.astype(i32),
-        out,
-        x,
-        post,
-        mixing,
-        name="hyper_post",
-        warps=1,
-        interpret=interpret,
-    )
+    )[0]

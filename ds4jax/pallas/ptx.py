@@ -181,10 +181,17 @@ def _at(ref: Any, index: tuple[Index, ...]) -> Any:
     return ref.at[tuple(jnp.int32(i) if isinstance(i, int) else i for i in index)]
 
 
-def load(ref: Any, *index: Index, mask: Array | None = None, once: bool = False) -> Array:
-    """Loads `ref[index]`, zeros where `mask` is false; `once` marks data that no other program reads."""
+def load(ref: Any, *index: Index, mask: Array | None = None, once: bool = False, early: bool = False) -> Array:
+    """Loads `ref[index]`, zeros where `mask` is false.
+
+    Args:
+        once: no other program reads it.
+        early: issued where it stands, among others of its kind. The assembler otherwise delays loads until registers
+            would do for as many warps as a processor holds, and a kernel that has few waits for memory over and over.
+    """
     other = None if mask is None else jnp.zeros((), ref.dtype)
-    return plt.load(_at(ref, index), mask=mask, other=other, eviction_policy="evict_first" if once else None)
+    policy = "evict_first" if once else None
+    return plt.load(_at(ref, index), mask=mask, other=other, eviction_policy=policy, volatile=early)
 
 
 def store(ref: Any, value: Array, *index: Index, mask: Array | None = None) -> None:

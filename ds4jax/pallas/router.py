@@ -41,7 +41,7 @@ def route(
 ) -> tuple[Array, Array]:
     """Kernel of `ops.moe.route`."""
     rows, experts = a.x.shape[0], gate.shape[0]
-    parts = partial_dots(live, a.x, gate, squares=False, name="router_scores", interpret=interpret)
+    parts = partial_dots(live, a.x, gate, name="router_scores", interpret=interpret)
     lanes = next_power(experts)
 
     def kernel(ptx: Instructions, live: Any, parts: Any, ids: Any, bias: Any, weights: Any, *chosen: Any) -> None:
