@@ -31,7 +31,7 @@ def compiled(dump: Path, *cases: str, ptx: bool = False) -> dict:
 
 def test_kernels_and_decode_step(tmp_path):
     """At the full model's shapes; the step reads and writes its donated cache in place, in one graph of kernels."""
-    names = ["wq_a+wkv", "wq_b", "wo_a", "head", "experts", "shared expert", "attention CSA 64k", "indexer 64k ties"]
+    names = ["wq_a+wkv", "wq_b", "wo_a", "head", "experts", "attention CSA 64k", "indexer 64k ties"]
     found = compiled(tmp_path, *names)
     assert set(found["bytes"]) == set(names)
     step = found["step"]
