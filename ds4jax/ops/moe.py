@@ -126,7 +126,7 @@ def experts(
     act: str,
     precision: str,
 ) -> Float[Array, "T D"]:
-    """The routed experts' sum plus the shared expert (`routed_experts`, `shared_expert`)."""
+    """The sum of the routed experts plus the shared expert: weights as in `routed_experts` and `shared_expert`."""
     settings = {"act": act, "precision": precision}
     routed = routed_experts(a, ids, weights, w1, w3, w2, limit=limit, **settings)
     return routed + shared_expert(a, shared_w1, shared_w3, shared_w2, limit=shared_limit, **settings)

@@ -32,7 +32,7 @@ from ds4jax.pallas.linear import (
     row_tiles,
     tile_rows,
 )
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load
 from ds4jax.pallas.quantise import quantise
 from ds4jax.pallas.rows import segments
 from ds4jax.quants import QTensor
@@ -97,7 +97,7 @@ def _gate_up(
     programs = [rows * top_k * each[0], tiles * each[1]]
 
     def kernel(ptx: Instructions, live: Any, ids: Any, weights: Any, acts: Any, refs: Any, *outs: Any) -> None:
-        column, slice = pl.program_id(0), pl.program_id(1)
+        column, share = pl.program_id(0), pl.program_id(1)
 
         def hidden(kind: int, lead: tuple[Any, ...], chosen: list[Any], ms: list[Any]) -> list[list[Array]]:
             """For each of some activation rows the values of the chosen output rows."""
@@ -112,7 +112,7 @@ def _gate_up(
         def place(kind: int, begin: int) -> tuple[Any, list[Any]]:
             """Which pair or tile of rows a program takes, and its output rows."""
             number = column - begin
-            part = slice * each[kind] + number % each[kind]
+            part = share * each[kind] + number % each[kind]
             return number // each[kind], [part * tile[kind] + i for i in range(tile[kind])]
 
         def routed(begin: int) -> None:
@@ -163,26 +163,25 @@ def _down(
     """
     (rows, top_k), n = ids.shape, w2.shape[-2]
     routed, shared = _Read.of(w2, act == "q8"), _Read.of(shared_w2, act == "q8")
-    flat = hidden[0].reshape(rows * top_k, -1)
-    if rows <= ROWS:
+    flat, few = hidden[0].reshape(rows * top_k, -1), rows <= ROWS
+    source: Any
+    if few:
         acts, shared_acts = row_planes(live, [(flat, routed.form), (hidden[1], shared.form)], interpret)
-        extra: Any = shared.arrays
+        source = shared.arrays, shared_acts
     else:
-        acts, shared_acts = row_planes(live, [(flat, routed.form)], interpret)[0], {}
-        codes = quantise(live, hidden[1], act=act, interpret=interpret)
-        (extra,) = project(
-            live, codes, rows, (shared_w2,), lambda m, row, n: m, name="shared_down", interpret=interpret
-        )
+        (acts,) = row_planes(live, [(flat, routed.form)], interpret)
+        a = quantise(live, hidden[1], act=act, interpret=interpret)
+        (source,) = project(live, a, rows, (shared_w2,), lambda m, row, n: m, name="shared_down", interpret=interpret)
 
-    def kernel(
-        ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, shared_acts: Any, extra: Any, out: Any
-    ) -> None:
+    def kernel(ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, source: Any, out: Any) -> None:
         t = pl.program_id(0)
         exists, experts = live[t] != 0, [ids[t, k] for k in range(top_k)]
         chosen = [pl.program_id(1) * routed.tile + i for i in range(routed.tile)]
-        added: list[Array] = []
-        if rows <= ROWS:  # loads that need not wait for the expert numbers
-            (added,) = lane_sums([shared.dots(ptx, extra, (), chosen, shared_acts)], [t])
+        if few:  # these loads need not wait for the expert numbers
+            arrays, shared_acts = source
+            (added,) = lane_sums([shared.dots(ptx, arrays, (), chosen, shared_acts)], [t])
+        else:
+            added = [load(source, t, pl.ds(row, 1)) for row in chosen]
 
         @pl.when(exists)
         def _() -> None:
@@ -192,9 +191,8 @@ def _down(
                 for step in dots.steps:  # one running sum over the steps of all k
                     (fresh,) = lane_sums([dataclasses.replace(dots, steps=[step])], [t * top_k + k])
                     totals = [a + b for a, b in zip(totals, fresh, strict=True)] if totals else fresh
-            more = [ptx.tree_sum(lanes) for lanes in added] or [extra[t, row] for row in chosen]
-            for row, lanes, value in zip(chosen, totals, more, strict=True):
-                out[t, row] = ptx.tree_sum(lanes) + value
+            for row, lanes, more in zip(chosen, totals, added, strict=True):
+                out[t, row] = ptx.tree_sum(lanes) + ptx.tree_sum(more)
 
     return launch(
         kernel,
@@ -204,8 +202,7 @@ def _down(
         ids,
         acts,
         routed.arrays,
-        shared_acts,
-        extra,
+        source,
         name="experts_down",
         warps=1,
         interpret=interpret,
