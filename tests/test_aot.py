@@ -37,7 +37,6 @@ def test_kernels_and_decode_step(tmp_path):
         "wo_a",
         "head",
         "experts",
-        "shared expert",
         "attention CSA 64k",
         "indexer 64k ties",
         "hyper_enter",

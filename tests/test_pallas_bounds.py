@@ -62,9 +62,10 @@ def projected_and_stored(count):
 
 
 def experts(count):
-    key, settings = jax.random.key(0), {"limit": 10.0, "act": "q8"}
+    key, settings = jax.random.key(0), {"limit": 10.0, "shared_limit": 10.0, "act": "q8"}
     row_args = activation(key, count, 32), choices(key, count, 3, 2), normal(count, 2)
-    return row_args, tuple(quantised(key, "Q8_0", 3, wide, 32) for wide in (32, 32, 1)), settings
+    weights = tuple(quantised(key, "Q8_0", *lead, wide, 32) for lead in ((3,), ()) for wide in (32, 32, 1))
+    return row_args, weights, settings
 
 
 def indexer(count):
@@ -89,7 +90,7 @@ CASES = {
     "indexer": ("indexer", indexer),
     "Q4_K": projected(5 * 256, "Q4_K"),
     "linear_store": ("linear_store", projected_and_stored),
-    "experts": ("routed_experts", experts),
+    "experts": ("experts", experts),
 }
 
 

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent import spoiled
 from quantised_numpy import packed, quantised_dot_numpy, random_blocks
 
 from ds4jax.activation import Activation
 from ds4jax.errors import ConfigError
 from ds4jax.ops import linear as reference
 from ds4jax.ops import moe
-from ds4jax.ops.quantise import act_q8k, quantise
+from ds4jax.ops.quantise import act_q8, act_q8k, quantise
 from ds4jax.ops.rows import Live
 from ds4jax.ops.store import linear_store
 from ds4jax.pallas import KERNELS, experts
@@ -81,10 +82,16 @@ def test_quantise(shape):
     assert_equal(got, jax.jit(functools.partial(quantise, act="q8"))(x))
 
 
-def test_act_q8k():
-    x = rows(2, 512)
-    x = x.at[1, 300].set(-jnp.max(jnp.abs(x[1, 256:]))).at[1, 400].set(-x[1, 300])  # equal peaks: the first counts
-    assert_equal(quantise_kernels.act_q8k(everyone(2), x, interpret=True), jax.jit(act_q8k)(x))
+def test_codes_of_several_arrays_in_one_launch():
+    """Each in its form; 18 rows beside nine belong two to each, and those of an absent one are left out."""
+    one, two = rows(9, 512), rows(18, 96)
+    # Equal peaks: the first counts.
+    one = one.at[0, 300].set(-jnp.max(jnp.abs(one[0, 256:]))).at[0, 400].set(-one[0, 300])
+    live = jnp.arange(9) != 1
+    q8k, q8 = quantise_kernels.act_codes(live, [(one, "q8k"), (two, "q8")], interpret=True)
+    assert_equal(*(jax.tree.map(lambda v: v[live], codes) for codes in (q8k, jax.jit(act_q8k)(one))))
+    there = jnp.repeat(live, 2)
+    assert_equal(*(jax.tree.map(lambda v: v[there], codes) for codes in (q8, jax.jit(act_q8)(two))))
 
 
 def test_float_activations_stay_as_they_are():
@@ -110,7 +117,7 @@ def test_linear_equals_reference_and_numpy(name):
 
 
 def test_several_weights_in_one_launch_and_more_rows_than_a_program():
-    """Eleven rows are two programs of eight, the last of which repeats row 10. Returned results, and results written
+    """Eleven rows are two programs of six, the last of which repeats row 10. Returned results, and results written
     to the end and the beginning of rings of two sequences; absent rows have places too, and leave them."""
     rng = np.random.default_rng(3)
     x, w = (jnp.asarray(rng.integers(-8, 9, shape).astype(np.float32)) for shape in ((11, 64), (2, 64)))  # exact dots
@@ -161,32 +168,65 @@ def test_a_format_without_a_kernel_is_an_error():
 # ------------------------------------------------------------------------------------------------------ experts
 
 
-@pytest.mark.parametrize(
-    "formats", [("IQ2_XXS", "IQ2_XXS", "Q2_K"), ("Q8_0", "Q8_0", "Q8_0"), ("Q4_K", "Q4_K", "Q4_K")]
-)
-def test_routed_experts(formats):
-    """Equal to the reference; an absent row changes nothing, and a row alone gives what it gives among others."""
+ROUTED = {"limit": 1.5, "shared_limit": 0.5}
+
+
+def moe_weights(routed, shared, inner, outer, wide):
+    """Gate, up and down of three experts and of the shared one, in two formats each: of gate and up, and of down."""
+    kinds = [(*routed[:1], *routed), (*shared[:1], *shared)]
+    shapes = ((wide, inner), (wide, inner), (outer, wide))
+    return [
+        stored(kind, *lead, *shape, seed=seed)
+        for lead, formats in zip(((3,), ()), kinds, strict=True)
+        for seed, (kind, shape) in enumerate(zip(formats, shapes, strict=True))
+    ]
+
+
+def moe_rows(count, width, act="q8"):
     rng = np.random.default_rng(7)
-    shapes = ((3, 256, 256), (3, 256, 256), (3, 4, 256))
-    w1, w3, w2 = (stored(name, *shape, seed=i) for i, (name, shape) in enumerate(zip(formats, shapes, strict=True)))
-    a = jax.jit(functools.partial(quantise, act="q8"))(jnp.asarray(rng.standard_normal((3, 256)).astype(np.float32)))
-    ids = jnp.asarray([[2, 0], [0, 1], [1, 2]], jnp.int32)
-    weights = jnp.asarray(rng.uniform(0.1, 1, (3, 2)).astype(np.float32))
-    run = jax.jit(functools.partial(experts.routed_experts, limit=1.5, act="q8", interpret=True))
-    got = np.asarray(run(everyone(3), a, ids, weights, w1, w3, w2))
-    function = functools.partial(moe.routed_experts, limit=1.5, act="q8", precision="highest")
-    assert_equal(got, jax.jit(function)(a, ids, weights, w1, w3, w2))
-    some = np.asarray(run(jnp.asarray([False, True, False]), a, ids, weights, w1, w3, w2))
-    assert_equal(some[1], got[1])
+    x = jnp.asarray(rng.standard_normal((count, width)).astype(np.float32))
+    ids = jnp.asarray([rng.permutation(3)[:2] for _ in range(count)], jnp.int32)
+    weights = jnp.asarray(rng.uniform(0.1, 1, (count, 2)).astype(np.float32))
+    return jax.jit(functools.partial(quantise, act=act))(x), ids, weights
 
 
-def test_shared_expert():
-    w1, w3, w2 = stored("Q8_0", 64, 96), stored("Q8_0", 64, 96, seed=1), stored("Q8_0", 5, 64, seed=2)
-    a = jax.jit(functools.partial(quantise, act="q8"))(
-        jnp.asarray(np.random.default_rng(8).standard_normal((2, 96), np.float32))
-    )
-    got = jax.jit(functools.partial(experts.shared_expert, limit=0.5, act="q8", interpret=True))(
-        everyone(2), a, w1, w3, w2
-    )
-    function = functools.partial(moe.shared_expert, limit=0.5, act="q8", precision="highest")
-    assert_equal(got, jax.jit(function)(a, w1, w3, w2))
+def both(**settings):
+    """The kernel, and its reference with all rows given."""
+    kernel = jax.jit(functools.partial(experts.experts, **settings, interpret=True))
+    return kernel, jax.jit(functools.partial(moe.experts, **settings, precision="highest"))
+
+
+@pytest.mark.parametrize(
+    ("routed", "shared"),
+    [
+        (("IQ2_XXS", "Q2_K"), ("Q8_0", "Q8_0")),
+        (("Q8_0", "Q8_0"), ("Q8_0", "Q8_0")),
+        (("Q4_K", "Q4_K"), ("Q8_0", "Q2_K")),
+    ],
+)
+def test_experts(routed, shared):
+    """Equal to the reference; an absent row changes nothing, and a row alone gives what it gives among others."""
+    ws, args = moe_weights(routed, shared, 256, 4, 256), moe_rows(3, 256)
+    run, wanted = both(**ROUTED, act="q8")
+    got = np.asarray(run(everyone(3), *args, *ws))
+    assert_equal(got, wanted(*args, *ws))
+    only = jnp.asarray([False, True, False])
+    assert_equal(np.asarray(run(only, *spoiled(args, only), *ws))[1], got[1])
+
+
+def test_experts_of_many_rows():
+    """The shared expert of nine rows is several programs' and its down projection a launch, with the same results."""
+    ws, args = moe_weights(("Q8_0", "Q8_0"), ("Q8_0", "Q8_0"), 32, 3, 64), moe_rows(9, 32)
+    run, _ = both(**ROUTED, act="q8")
+    got = run(everyone(9), *args, *ws)
+    for row in (0, 8):
+        alone = run(everyone(1), *jax.tree.map(lambda v, row=row: v[row : row + 1], args), *ws)
+        assert_equal(alone[0], got[row])
+
+
+def test_experts_without_codes():
+    """Float activations, and float weights beside quantised ones; sums in another order than the reference's."""
+    ws, args = moe_weights(("Q8_0", "Q8_0"), ("Q8_0", "Q8_0"), 32, 2, 32), moe_rows(1, 32, act="f32")
+    ws[1], ws[5] = (reference.dense(w).astype(jnp.float16) for w in (ws[1], ws[5]))
+    run, wanted = both(**ROUTED, act="f32")
+    np.testing.assert_allclose(run(everyone(1), *args, *ws), wanted(*args, *ws), rtol=1e-5, atol=1e-4)

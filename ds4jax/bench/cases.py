@@ -53,28 +53,21 @@ def _compressor(ratio: int, width: int, heads: int = 0) -> Case:
     return Case("linear_store", {"precision": "highest"}, rows, shared, lambda t: 2 * D * (2 * outputs + heads))
 
 
-def _routed(formats: tuple[str, str, str]) -> Case:
+def _moe(*formats: str) -> Case:
+    """Gate, up and down of the routed experts in these formats, the shared expert in Q8_0."""
+
     def shared(key: Array) -> tuple[Any, ...]:
-        keys = jax.random.split(key, 3)
-        shapes = ((E, F, D), (E, F, D), (E, D, F))
-        return tuple(quantised(k, f, *shape) for k, f, shape in zip(keys, formats, shapes, strict=True))
+        keys = jax.random.split(key, 6)
+        shapes = ((E, F, D), (E, F, D), (E, D, F), (F, D), (F, D), (D, F))
+        kinds = (*formats, "Q8_0", "Q8_0", "Q8_0")
+        return tuple(quantised(k, f, *shape) for k, f, shape in zip(keys, kinds, shapes, strict=True))
 
     def active(rows: int) -> int:
         size = {"IQ2_XXS": 70, "Q2_K": 84, "Q4_K": 144}
-        return rows * K * F * D // 256 * sum(size[f] for f in formats)
+        return F * D // 256 * (rows * K * sum(size[f] for f in formats) + 3 * 272)
 
-    settings = {"limit": 10.0, "act": "q8", "precision": "highest"}
-    return Case("routed_experts", settings, _experts, shared, active)
-
-
-def _shared_expert() -> Case:
-    def shared(key: Array) -> tuple[Any, ...]:
-        keys = jax.random.split(key, 3)
-        shapes = ((F, D), (F, D), (D, F))
-        return tuple(quantised(k, "Q8_0", *shape) for k, shape in zip(keys, shapes, strict=True))
-
-    settings = {"limit": 10.0, "act": "q8", "precision": "highest"}
-    return Case("shared_expert", settings, lambda key, t: (activation(key, t, D),), shared)
+    settings = {"limit": 10.0, "shared_limit": 10.0, "act": "q8", "precision": "highest"}
+    return Case("experts", settings, _experts, shared, active)
 
 
 PROJECTIONS: dict[str, Case] = {
@@ -92,9 +85,8 @@ PROJECTIONS: dict[str, Case] = {
     "compressor HCA": _compressor(128, 512),
     "compressor index": _compressor(4, 128, heads=64),
     "quantise": Case("quantise", {"act": "q8"}, lambda key, t: (jax.random.normal(key, (t, 8192)),), lambda key: ()),
-    "experts": _routed(("IQ2_XXS", "IQ2_XXS", "Q2_K")),
-    "experts Q4_K": _routed(("Q4_K", "Q4_K", "Q4_K")),
-    "shared expert": _shared_expert(),
+    "experts": _moe("IQ2_XXS", "IQ2_XXS", "Q2_K"),
+    "experts Q4_K": _moe("Q4_K", "Q4_K", "Q4_K"),
 }
 
 CASES: dict[str, Case] = {**PROJECTIONS, **GLUE, **ATTENTION}

@@ -63,11 +63,11 @@ def time_case(name: str, case: Case, num: Numerics, rows: int) -> list[Timing]:
     """Mean device time of a call over rotated weights: one line per kernel, and one of their sum."""
     size = nbytes(jax.eval_shape(case.shared, jax.random.key(0)))
     active = case.active(rows) if case.active else size
-    copies = max(1, min(8, math.ceil(ROTATED / max(active, 1)))) if size < ROTATED else 1
+    copies = max(1, min(8, math.ceil(ROTATED / max(active, 1))))
     make = jax.jit(case.shared)
     shared = [case.parted(make(jax.random.key(i))) for i in range(copies)]
     weights, caches = [read for read, _ in shared], [written for _, written in shared]
-    # Rotated rows choose other experts, so that large weights need no copies.
+    # Rotated rows choose other experts.
     inputs = [jax.jit(case.rows, static_argnums=1)(jax.random.key(100 + i), rows) for i in range(8)]
     live = Live.all(rows)
 

@@ -9,15 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from ds4jax.activation import Activation
 from ds4jax.model.base import Layer
-from ds4jax.ops.linear import dense
-from ds4jax.ops.moe import swiglu
+from ds4jax.ops.linear import Weight, dense
+from ds4jax.ops.moe import shared_expert, swiglu
 from ds4jax.ops.rows import Live
 
 
 class SharedExpert(Layer):
-    """The expert that every token passes through."""
-
-    limit: float
+    """Weights of the expert that every token passes through."""
 
     def setup(self) -> None:
         c = self.config
@@ -25,16 +23,8 @@ class SharedExpert(Layer):
         self.w3 = self.weight("w3", c.moe_intermediate_size, c.hidden_size)
         self.w2 = self.weight("w2", c.hidden_size, c.moe_intermediate_size)
 
-    def __call__(self, a: Activation, live: Live) -> Float[Array, "T D"]:
-        return self.op(
-            "shared_expert",
-            live,
-            (a,),
-            (self.w1, self.w3, self.w2),
-            limit=self.limit,
-            act=self.numerics.act,
-            precision=self.numerics.precision,
-        )
+    def __call__(self) -> tuple[Weight, Weight, Weight]:
+        return self.w1, self.w3, self.w2
 
 
 class MoE(Layer):
@@ -55,7 +45,7 @@ class MoE(Layer):
         self.w1 = self.weight("w1", experts, wide, c.hidden_size)
         self.w3 = self.weight("w3", experts, wide, c.hidden_size)
         self.w2 = self.weight("w2", experts, c.hidden_size, wide)
-        self.shared = SharedExpert(c, self.numerics, c.swiglu_limit_shared[self.layer])
+        self.shared = SharedExpert(c, self.numerics)
 
     def route(self, a: Activation, tokens: Array, live: Live) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
         """Expert ids and weights of every row."""
@@ -73,16 +63,16 @@ class MoE(Layer):
 
     def __call__(self, a: Activation, tokens: Int[Array, " T"], live: Live) -> Float[Array, "T D"]:
         ids, weights = self.route(a, tokens, live)
-        routed = self.op(
-            "routed_experts",
+        return self.op(
+            "experts",
             live,
             (a, ids, weights),
-            (self.w1, self.w3, self.w2),
+            (self.w1, self.w3, self.w2, *self.shared()),
             limit=self.config.swiglu_limit[self.layer],
+            shared_limit=self.config.swiglu_limit_shared[self.layer],
             act=self.numerics.act,
             precision=self.numerics.precision,
         )
-        return routed + self.shared(a, live)
 
     def sequence(self, a: Activation, tokens: Int[Array, " T"]) -> tuple[Array, Float[Array, " E"]]:
         """All experts for every row, weighted by zero where not chosen; also the share of rows each expert got."""
@@ -96,7 +86,9 @@ class MoE(Layer):
         up = jnp.einsum("td,efd->tef", x, w3, precision=precision)
         hidden = swiglu(gate, up, self.config.swiglu_limit[self.layer]) * share[..., None]
         routed = jnp.einsum("tef,edf->td", hidden, w2, precision=precision)
-        return routed + self.shared(a, live), jnp.mean(chosen, axis=(0, 1))
+        limit, act = self.config.swiglu_limit_shared[self.layer], self.numerics.act
+        shared = shared_expert(a, *self.shared(), limit=limit, act=act, precision=precision)
+        return routed + shared, jnp.mean(chosen, axis=(0, 1))
 
 
 def _even_table(shape: tuple[int, int], experts: int) -> Int[Array, "V K"]:

@@ -40,8 +40,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "hyper_post": _hyper.hyper_post,
     "hyper_leave": _hyper.hyper_leave,
     "router": _moe.route,
-    "routed_experts": _moe.routed_experts,
-    "shared_expert": _moe.shared_expert,
+    "experts": _moe.experts,
     "indexer": _attention.indexer,
     "attention": _attention.attention,
 }

@@ -108,3 +108,25 @@ def shared_expert(
     """The expert every row passes through: `w1`, `w3` `[F, D]`, `w2` `[D, F]`, weight one."""
     hidden = swiglu(matvec(a, w1, precision=precision), matvec(a, w3, precision=precision), limit)
     return matvec(quantise(hidden, act=act), w2, precision=precision)
+
+
+def experts(
+    a: Activation,
+    ids: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    w1: Weight,
+    w3: Weight,
+    w2: Weight,
+    shared_w1: Weight,
+    shared_w3: Weight,
+    shared_w2: Weight,
+    *,
+    limit: float,
+    shared_limit: float,
+    act: str,
+    precision: str,
+) -> Float[Array, "T D"]:
+    """The sum of the routed experts plus the shared expert: weights as in `routed_experts` and `shared_expert`."""
+    settings = {"act": act, "precision": precision}
+    routed = routed_experts(a, ids, weights, w1, w3, w2, limit=limit, **settings)
+    return routed + shared_expert(a, shared_w1, shared_w3, shared_w2, limit=shared_limit, **settings)

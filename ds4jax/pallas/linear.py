@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, store
-from ds4jax.pallas.quantise import act_q8k
-from ds4jax.pallas.rows import ring_place
+from ds4jax.pallas.quantise import act_codes
+from ds4jax.pallas.rows import ring_place, segments
 from ds4jax.quants import QTensor
 
 ROWS = 8  # activation rows of a program
@@ -29,42 +29,45 @@ def tile_rows(format: str, rows: int, width: int) -> int:
     return math.gcd(rows, wanted)
 
 
-def form(format: str, a: Activation) -> str:
-    """The form in which a weight's terms read these activations."""
+def form(format: str, coded: bool) -> str:
+    """The form in which a weight's terms read activations, which may have codes."""
     takes = FORMATS[format].takes
-    return takes if takes == "x" or a.q8 is not None else f"{takes} float"
+    return takes if takes == "x" or coded else f"{takes} float"
+
+
+def _float_planes(x: Array, form: str) -> dict[str, Array]:
+    if form == "q8 float":  # value of the group, group
+        return {"x": jnp.swapaxes(x.reshape(x.shape[0], -1, 32), 1, 2)}
+    if form == "q8k float":  # quarter and byte, word of the quarter
+        parts = x.reshape(x.shape[0], -1, 2, 4, 8, 4).transpose(0, 3, 5, 1, 2, 4)
+        return {"x": parts.reshape(x.shape[0], 16, -1)}
+    return {"x": x}
+
+
+def row_planes(live: Array, rows: Sequence[tuple[Array, str]], interpret: bool) -> list[dict[str, Array]]:
+    """The arrays that terms read of rows `[R, K]` in some form; all codes are made in one launch (`act_codes`)."""
+    coded = [(x, form) for x, form in rows if form in ("q8", "q8k")]
+    codes = iter(act_codes(live, coded, interpret=interpret) if coded else [])
+    return [vars(next(codes)) if form in ("q8", "q8k") else _float_planes(x, form) for x, form in rows]
 
 
 def activation_planes(live: Array, a: Activation, forms: set[str], interpret: bool) -> dict[str, dict[str, Array]]:
     """The arrays that terms read, by form."""
-    given: dict[str, dict[str, Array]] = {}
-    rows = a.x.shape[0]
-    if "x" in forms:
-        given["x"] = {"x": a.x}
-    if "q8 float" in forms:  # value of the group, group
-        given["q8 float"] = {"x": jnp.swapaxes(a.x.reshape(rows, -1, 32), 1, 2)}
-    if "q8k float" in forms:  # quarter and byte, word of the quarter
-        parts = a.x.reshape(rows, -1, 2, 4, 8, 4).transpose(0, 3, 5, 1, 2, 4)
-        given["q8k float"] = {"x": parts.reshape(rows, 16, -1)}
-    if "q8" in forms:
-        assert a.q8 is not None
-        given["q8"] = {"word": a.q8.word, "scale": a.q8.scale}
-    if "q8k" in forms:
-        q = act_q8k(live, a.x, interpret=interpret)
-        given["q8k"] = {"word": q.word, "scale": q.scale, "sums": q.sums}
-    return given
+    given = {"q8": vars(a.q8)} if a.q8 is not None and "q8" in forms else {}
+    made = sorted(forms - set(given))
+    return given | dict(zip(made, row_planes(live, [(a.x, form) for form in made], interpret), strict=True))
 
 
-def row_tiles(total: int) -> tuple[int, int]:
+def row_tiles(total: int, most: int = ROWS) -> tuple[int, int]:
     """Rows of a program, and the number of programs that share the rows of a call."""
-    rows = min(total, ROWS)
-    return rows, -(-total // rows)
+    tiles = -(-total // most)
+    return -(-total // tiles), tiles
 
 
-def row_numbers(total: int) -> list[Any]:
-    """The rows of this program; beyond the last row, the last one again."""
-    rows, tiles = row_tiles(total)
-    first = pl.program_id(0) * rows
+def row_numbers(program: Any, total: int, most: int = ROWS) -> list[Any]:
+    """The rows of one of these programs; beyond the last row, the last one again."""
+    rows, tiles = row_tiles(total, most)
+    first = program * rows
     return [first + m if tiles * rows == total else jnp.minimum(first + m, total - 1) for m in range(rows)]
 
 
@@ -132,12 +135,12 @@ def project(
     tiles = row_tiles(total)[1]
     read = [planes(w) for w in ws]
     sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
-    forms = [form(format, a) for format, _ in read]
+    forms = [form(format, a.q8 is not None) for format, _ in read]
     programs = [n // tile for n, tile in sizes]
     returned = len(ws) - len(rings)
 
     def kernel(ptx: Instructions, rings: Any, where: Any, acts: Any, weights: Any, *outs: Any) -> None:
-        column, ms = pl.program_id(1), row_numbers(total)
+        column, ms = pl.program_id(1), row_numbers(pl.program_id(0), total)
 
         def segment(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
@@ -151,14 +154,7 @@ def project(
                 for row, value in zip(chosen, values, strict=True):
                     store(out, value.astype(out.dtype), *target, row, mask=exists)
 
-        begin = 0
-        for index, count in enumerate(programs):
-            if len(programs) == 1:
-                segment(index, begin)
-            else:
-                here = (column >= begin) & (column < begin + count)
-                pl.when(here)(functools.partial(segment, index, begin))
-            begin += count
+        segments(column, [(count, functools.partial(segment, index)) for index, count in enumerate(programs)])
 
     shapes = [jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes[:returned]]
     return launch(

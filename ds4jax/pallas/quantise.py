@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.activation import Q8, Q8K, Activation
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
-from ds4jax.pallas.rows import part_size
+from ds4jax.pallas.rows import part_size, segments, when_live
 
 PART = 1024  # values that a program takes; a part never splits a block
 
@@ -35,86 +36,83 @@ def store_q8(ptx: Instructions, word: Any, scale: Any, x: Array, row: Any, group
     store(word, words, row, jnp.arange(8, dtype=i32)[None], groups[:, None])
 
 
-def _q8_part(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any, *, size: int) -> None:
-    row, part = pl.program_id(0), pl.program_id(1)
-
-    @pl.when(live[row] != 0)
-    def _() -> None:
-        store_q8(ptx, word, scale, load(x, row, pl.ds(part * size, size)), row, part * (size // 32))
+def _q8_part(ptx: Instructions, x: Any, outs: tuple[Any, ...], row: Any, part: Any, size: int) -> None:
+    word, scale = outs
+    store_q8(ptx, word, scale, load(x, row, pl.ds(part * size, size)), row, part * (size // 32))
 
 
-def _q8k_part(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any, sums: Any) -> None:
+def _q8k_block(ptx: Instructions, x: Any, outs: tuple[Any, ...], row: Any, block: Any) -> None:
     """One super-block (`ops.quantise.act_q8k`)."""
-    row, block = pl.program_id(0), pl.program_id(1)
-
-    @pl.when(live[row] != 0)
-    def _() -> None:
-        v = load(x, row, pl.ds(block * 256, 256))
-        place = jnp.arange(256, dtype=i32)
-        size = jnp.abs(v)
-        first = jnp.min(jnp.where(size == jnp.max(size), place, 256))
-        peak = jnp.sum(jnp.where(place == first, v, 0.0))
-        nonzero = peak != 0
-        inverse = jnp.where(nonzero, -127.0 / jnp.where(nonzero, peak, 1.0), 0.0)
-        codes = jnp.clip(ptx.rint(inverse * v), -128, 127)
-        word_place = jnp.arange(64, dtype=i32)
-        half, quarter, i = word_place >> 5, (word_place >> 3) & 3, word_place & 7
-        store(word, _pack(codes.reshape(64, 4)), row, quarter, block * 16 + half * 8 + i)
-        sub = jnp.arange(16, dtype=i32)
-        half, quarter, k = sub >> 3, (sub >> 1) & 3, sub & 1
-        store(sums, jnp.sum(codes.reshape(16, 16), axis=1), row, block * 16 + half * 8 + k * 4 + quarter)
-        scale[row, block] = jnp.where(nonzero, 1.0 / jnp.where(nonzero, inverse, 1.0), 0.0)
+    word, scale, sums = outs
+    v = load(x, row, pl.ds(block * 256, 256))
+    place = jnp.arange(256, dtype=i32)
+    size = jnp.abs(v)
+    first = jnp.min(jnp.where(size == jnp.max(size), place, 256))
+    peak = jnp.sum(jnp.where(place == first, v, 0.0))
+    nonzero = peak != 0
+    inverse = jnp.where(nonzero, -127.0 / jnp.where(nonzero, peak, 1.0), 0.0)
+    codes = jnp.clip(ptx.rint(inverse * v), -128, 127)
+    word_place = jnp.arange(64, dtype=i32)
+    half, quarter, i = word_place >> 5, (word_place >> 3) & 3, word_place & 7
+    store(word, _pack(codes.reshape(64, 4)), row, quarter, block * 16 + half * 8 + i)
+    sub = jnp.arange(16, dtype=i32)
+    half, quarter, k = sub >> 3, (sub >> 1) & 3, sub & 1
+    store(sums, jnp.sum(codes.reshape(16, 16), axis=1), row, block * 16 + half * 8 + k * 4 + quarter)
+    scale[row, block] = jnp.where(nonzero, 1.0 / jnp.where(nonzero, inverse, 1.0), 0.0)
 
 
-def act_q8(live: Array, x: Array, *, interpret: bool) -> Q8:
-    """Kernel of `ops.quantise.act_q8` for rows `[T, K]`."""
-    rows, width = x.shape
-    size = part_size(width, PART)
-    shapes = [((rows, 8, width // 32), i32), ((rows, width // 32), f32)]
+def _shapes(form: str, rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    planes = {
+        "q8": [((8, width // 32), i32), ((width // 32,), f32)],
+        "q8k": [((4, width // 16), i32), ((width // 256,), f32), ((width // 16,), i32)],
+    }
+    return tuple(jax.ShapeDtypeStruct((rows, *tail), dtype) for tail, dtype in planes[form])
 
-    def kernel(ptx: Instructions, live: Any, x: Any, word: Any, scale: Any) -> None:
-        _q8_part(ptx, live, x, word, scale, size=size)
 
-    word, scale = launch(
+def act_codes(live: Array, rows: Sequence[tuple[Array, str]], *, interpret: bool) -> list[Q8 | Q8K]:
+    """Codes of arrays of rows in one launch: kernel of `ops.quantise.act_q8` and `act_q8k`.
+
+    Args:
+        live: which of T rows exist.
+        rows: arrays `[R, K]`, R a multiple of T (the first R / T belong to the first row), and their forms: "q8" for
+            `Q8`, "q8k" for `Q8K`.
+    """
+    sizes = [256 if form == "q8k" else part_size(x.shape[1], PART) for x, form in rows]
+    parts = [x.shape[1] // size for (x, _), size in zip(rows, sizes, strict=True)]
+    programs = [x.shape[0] * count for (x, _), count in zip(rows, parts, strict=True)]
+
+    def kernel(ptx: Instructions, live: Any, xs: Any, *outs: Any) -> None:
+        program = pl.program_id(0)
+
+        def array(index: int, begin: int) -> None:
+            row, part = (program - begin) // parts[index], (program - begin) % parts[index]
+
+            @when_live(live, row // (rows[index][0].shape[0] // live.shape[0]))
+            def _() -> None:
+                if rows[index][1] == "q8":
+                    _q8_part(ptx, xs[index], outs[index], row, part, sizes[index])
+                else:
+                    _q8k_block(ptx, xs[index], outs[index], row, part)
+
+        segments(program, [(count, functools.partial(array, index)) for index, count in enumerate(programs)])
+
+    made = launch(
         kernel,
-        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
-        (rows, width // size),
-        live,
-        x,
-        name="act_q8",
-        warps=1,
-        interpret=interpret,
-    )
-    return Q8(word, scale)
-
-
-def act_q8k(live: Array, x: Array, *, interpret: bool) -> Q8K:
-    """Kernel of `ops.quantise.act_q8k` for rows `[T, K]`."""
-    rows, width = x.shape
-    shapes = [((rows, 4, width // 16), i32), ((rows, width // 256), f32), ((rows, width // 16), i32)]
-    word, scale, sums = launch(
-        _q8k_part,
-        tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes),
-        (rows, width // 256),
+        [_shapes(form, *x.shape) for x, form in rows],
+        (sum(programs),),
         live.astype(i32),
-        x,
-        name="act_q8k",
+        [x for x, _ in rows],
+        name="act_codes",
         warps=1,
         interpret=interpret,
     )
-    return Q8K(word, scale, sums)
-
-
-def flatten_rows(live: Array, x: Array) -> tuple[Array, Array]:
-    """Rows `[T, *lead, K]` as `[T * lead, K]`, with the mask of the flat rows as i32."""
-    inner = math.prod(x.shape[1:-1])
-    return jnp.repeat(live.astype(i32), inner), x.reshape(-1, x.shape[-1])
+    return [Q8(*planes) if form == "q8" else Q8K(*planes) for planes, (_, form) in zip(made, rows, strict=True)]
 
 
 def quantise(live: Array, x: Array, *, act: str, interpret: bool) -> Activation:
     """Kernel of `ops.quantise.quantise`."""
     if act != "q8" or x.shape[-1] % 32:
         return Activation(x, None)
-    flat = act_q8(*flatten_rows(live, x), interpret=interpret)
+    (flat,) = act_codes(live, [(x.reshape(-1, x.shape[-1]), "q8")], interpret=interpret)
     lead = x.shape[:-1]
     return Activation(x, jax.tree.map(lambda plane: plane.reshape(*lead, *plane.shape[1:]), flat))

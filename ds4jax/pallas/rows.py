@@ -6,7 +6,8 @@ because the compiler cannot know that a store leaves later loads alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,6 +34,18 @@ def ring_place(where: tuple[Any, Any, Any], row: Any) -> tuple[Any, tuple[Any, A
     """
     live, sequence, place = where
     return live[row] != 0, (sequence[row], place[row])
+
+
+def segments(program: Any, parts: Sequence[tuple[int, Callable[[Any], None]]]) -> None:
+    """Divides programs among several bodies: (number of programs, body of the number of its first program)."""
+    begin = 0
+    for count, body in parts:
+        if len(parts) == 1:
+            body(begin)
+        else:
+            here = (program >= begin) & (program < begin + count)
+            pl.when(here)(functools.partial(body, begin))
+        begin += count
 
 
 def part_size(width: int, most: int) -> int:
