@@ -186,8 +186,8 @@ def _alone(events: Sequence[Event]) -> tuple[list[float], float]:
 def _place(path: str, config: ModelConfig) -> tuple[str, str]:
     """Kind of layer, and the modules or methods on the path below it.
 
-    `jit(run)/while/body/DeepSeekV4/layers_2/attn/attn.output/attn.op/jit(_run)/act_codes/pallas_call` is `attn.output` in
-    a CSA layer; a path without an inner `jit` ends with a primitive.
+    `jit(run)/while/body/DeepSeekV4/layers_2/attn/attn.output/attn.op/jit(_run)/act_codes/pallas_call` is `attn.output`
+    in a CSA layer; a path without an inner `jit` ends with a primitive.
     """
     inside = path.partition("/body/")[2]
     modules, *operation = re.split(r"/?\bjit\(", inside)
