@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.config import ModelConfig, Numerics
 from ds4jax.decode.generate import Generate
+from ds4jax.decode.sampling import log_probabilities
 from ds4jax.decode.speculation import Speculation, draft_cost
 from ds4jax.decode.state import Limits
 from ds4jax.model.transformer import DeepSeekV4
@@ -61,7 +62,7 @@ def build_alternatives(config: ModelConfig, numerics: Numerics) -> Any:
     ) -> tuple[Float[Array, ""], Int[Array, " n"], Float[Array, " n"]]:
         live = jnp.ones((1, 1), bool)
         logits: Any = model.apply({"params": params}, streams[:, None], live, method="logits")
-        scores = jax.nn.log_softmax(logits[0, 0])
+        scores = log_probabilities(logits[0, 0])
         best, ids = lax.top_k(scores, min(MOST_ALTERNATIVES, config.vocab_size))
         return scores[token[0]], ids.astype(jnp.int32), best
 

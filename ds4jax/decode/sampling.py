@@ -145,10 +145,15 @@ def sample_token(
     return token, token_logprob(logits, token)
 
 
-def token_logprob(logits: Float[Array, " V"], token: Int[Array, ""]) -> Float[Array, ""]:
-    """The model's log-probability of a token: log-softmax of the plain logits, the sum in the order of `parted_sum`."""
+def log_probabilities(logits: Float[Array, " V"]) -> Float[Array, " V"]:
+    """The model's own log-probabilities: log-softmax of the plain logits, the sum in the order of `parted_sum`."""
     relative = logits - jnp.max(logits)
-    return relative[token] - jnp.log(parted_sum(jnp.exp(relative)))
+    return relative - jnp.log(parted_sum(jnp.exp(relative)))
+
+
+def token_logprob(logits: Float[Array, " V"], token: Int[Array, ""]) -> Float[Array, ""]:
+    """That of one token."""
+    return log_probabilities(logits)[token]
 
 
 def draft_token(

@@ -14,7 +14,7 @@ from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import DecodeState, Limits, Request
 from ds4jax.model.cache import Cache, commit, init_cache
 from ds4jax.model.transformer import DeepSeekV4
-from ds4jax.ops import absent_rows_are_free
+from ds4jax.ops import absent_rows_are_free, implementation
 
 SHARED_ROWS = 8  # largest chunk that shares its program with decoding
 
@@ -47,8 +47,8 @@ class Steps:
 
     @property
     def _together(self) -> bool:
-        """Whether tokens are chosen for all rows at once: where absent rows are computed anyway."""
-        return not absent_rows_are_free(self.model.numerics)
+        """Whether tokens are chosen for all rows at once: on a GPU, where every turn of a loop waits for the host."""
+        return implementation(self.model.numerics, "linear") == "pallas"
 
     def start(self) -> DecodeState:
         """The state before anything is evaluated."""
