@@ -1,6 +1,7 @@
 """The training form: the same function as inference, and differentiable."""
 
 import dataclasses
+import functools
 
 import flax.traverse_util
 import golden
@@ -13,7 +14,15 @@ import runs
 from ds4jax.model import DeepSeekV4, init_cache
 from ds4jax.ops.simulate import fp4_round_trip, fp8_round_trip
 
-BATCH = dataclasses.replace(golden.EXACT, rows="batch")
+BATCH = golden.QUICK.replace(rows="batch")
+OPTIONS = BATCH.compiler_options  # every function runs once: compiling is what takes time
+
+
+def applied(module, variables, method, static=()):
+    """A method of the module as one program."""
+    return jax.jit(
+        functools.partial(module.apply, variables, method=method), compiler_options=OPTIONS, static_argnums=static
+    )
 
 
 @pytest.mark.parametrize("name, simulate", [("tiny_a", False), ("tiny_b", False), ("tiny_c", True)])
@@ -23,8 +32,8 @@ def test_equals_inference(name, simulate):
     inference = runs.run(model.config, numerics, model.params, model.ids, [len(model.ids)])
     module, variables = DeepSeekV4(model.config, numerics), {"params": model.params}
     tokens = jnp.asarray(np.stack([model.ids, model.ids[::-1]]))
-    run = module.apply(variables, tokens, method="sequence")
-    got = module.apply(variables, run.streams, jnp.ones(tokens.shape, bool), method="logits")
+    run = applied(module, variables, "sequence")(tokens)
+    got = applied(module, variables, "logits")(run.streams, jnp.ones(tokens.shape, bool))
     # Values up to 7 after sums in another order: a few units of float32's last place.
     np.testing.assert_allclose(got[0], inference.logits, atol=5e-5)
     np.testing.assert_allclose(run.streams[0], inference.streams, atol=5e-5)
@@ -37,20 +46,19 @@ def test_drafts_equal_inference():
     config, total, at = model.config, len(model.ids), 30
     module, variables = DeepSeekV4(config, BATCH), {"params": model.params}
     ids = jnp.asarray(model.ids)[None]
-    trunk = module.apply(variables, ids, method="sequence")
-    one = module.apply(variables, ids[:, 1:], trunk.streams[:, :-1], 1, method="draft_sequence")
-    two = module.apply(variables, ids[:, 2:], one.streams[:, :-1], 2, earlier=one.keys[:, 1:], method="draft_sequence")
-    logits = module.apply(variables, one.streams, method="draft_logits")
+    trunk = applied(module, variables, "sequence")(ids)
+    sequence, draft = applied(module, variables, "draft_sequence", 2), applied(module, variables, "draft")
+    one = sequence(ids[:, 1:], trunk.streams[:, :-1], 1)
+    two = sequence(ids[:, 2:], one.streams[:, :-1], 2, one.keys[:, 1:])
+    logits = applied(module, variables, "draft_logits")(one.streams)
 
     cache, start = init_cache(config, BATCH, 1, 64, total), jnp.asarray([1], jnp.int32)
     known = jnp.asarray([at], jnp.int32)
-    want, streams, cache = module.apply(
-        variables, ids[:, 1:], trunk.streams[:, :-1], cache, start, known, method="draft"
-    )
+    want, streams, cache = draft(ids[:, 1:], trunk.streams[:, :-1], cache, start, known)
     np.testing.assert_allclose(logits[:, :at], want[:, :at], atol=2e-5)
     chained = streams[:, at - 1 : at]  # of the row at position `at`
     token = ids[:, at + 1 : at + 2]
-    _, deeper, _ = module.apply(variables, token, chained, cache, known + 1, jnp.ones(1, jnp.int32), method="draft")
+    _, deeper, _ = draft(token, chained, cache, known + 1, jnp.ones(1, jnp.int32))
     np.testing.assert_allclose(two.streams[:, at - 1], deeper[:, 0], atol=2e-5)
 
 
@@ -84,7 +92,6 @@ def test_gradients_match_finite_differences():
     free = {name: value.astype(jnp.float32) for name, value in flat.items() if name not in fixed}
     probe = jnp.asarray(np.random.default_rng(0).standard_normal((2, config.vocab_size)), jnp.float32)
 
-    @jax.jit
     def loss(free):
         variables = {"params": flax.traverse_util.unflatten_dict({**free, **fixed}, sep="/")}
         run = module.apply(variables, ids, method="sequence")
@@ -93,7 +100,8 @@ def test_gradients_match_finite_differences():
         drafted = module.apply(variables, draft.streams, method="draft_logits")
         return jnp.mean(logits * probe[0]) + jnp.mean(drafted * probe[1])
 
-    slope = jax.jit(jax.grad(loss))(free)
+    slope = jax.jit(jax.grad(loss), compiler_options=OPTIONS)(free)
+    loss = jax.jit(loss, compiler_options=OPTIONS)
     for group, part in GROUPS.items():
         names = [n for n in free if part in n and "indexer" not in n] if part != "e" else ["embed", "head"]
         # Along the gradient's own signs, a step that moves the loss by about 0.02: large against rounding.
@@ -118,8 +126,8 @@ def test_the_indexer_learns_from_its_own_loss_only():
         variables = {"params": flax.traverse_util.unflatten_dict({**free, **fixed}, sep="/")}
         return module.apply(variables, ids, method="sequence")
 
-    by_index = jax.jit(jax.grad(lambda free: run(free).index_loss))(free)
-    by_streams = jax.jit(jax.grad(lambda free: jnp.mean(run(free).streams ** 2)))(free)
+    by_index = jax.jit(jax.grad(lambda free: run(free).index_loss), compiler_options=OPTIONS)(free)
+    by_streams = jax.jit(jax.grad(lambda free: jnp.mean(run(free).streams ** 2)), compiler_options=OPTIONS)(free)
     for name in free:
         touched = float(jnp.max(jnp.abs(by_index[name]))) > 0
         assert touched == ("/indexer/" in name), name
