@@ -21,8 +21,8 @@ SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Variables that say what share of a GPU JAX takes; it refuses to start if both are set."""
 
 WORKSPACE_BYTES = 2 << 30
-"""JAX's memory beside weights and caches: slabs while loading, 0.3 GiB; then temporaries of programs, 0.2 GiB for a chunk
-of 128 rows at a context of 2^20; and gaps between arrays, which have most of it."""
+"""JAX's memory beside weights and caches: slabs while loading, 0.3 GiB; then temporaries of programs, 0.2 GiB for a
+chunk of 128 rows at a context of 2^20; and gaps between arrays, which have most of it."""
 
 OUTSIDE_BYTES = 1 << 30
 """Memory of a GPU that JAX's share cannot have: CUDA's context, and the code and graphs of programs."""
