@@ -23,7 +23,6 @@ from ds4jax.pallas.linear import (
     Dots,
     activation_planes,
     form,
-    lane_sums,
     project,
     row_numbers,
     row_planes,
@@ -91,10 +90,22 @@ def _gate_up(
 
         @pl.when(exists)
         def _() -> None:
-            dots = [w.dots(ptx, ref, (expert,), chosen, acts[w.form]) for w, ref in zip(pair_of, refs, strict=True)]
-            (values,) = row_sums(ptx, dots, [t])
-            for row, gate, up in zip(chosen, values[:tile], values[tile:], strict=True):
-                out[t, k, row] = _swiglu(gate, up, limit) * weight
+            # All loads are on their way before the first wait.
+            terms = [
+                [[read(step)(acts[w.form], t) for step in dots.steps] for read in dots.reads]
+                for w, ref in zip(pair_of, refs, strict=True)
+                for dots in [w.dots(ptx, ref, (expert,), chosen, acts[w.form])]
+            ]
+            ptx.fence()
+
+            @pl.when(expert >= 0)  # always so
+            def _() -> None:
+                gates, ups = (
+                    [ptx.tree_sum(functools.reduce(jnp.add, [finish() for finish in row])) for row in each]
+                    for each in terms
+                )
+                for row, gate, up in zip(chosen, gates, ups, strict=True):
+                    out[t, k, row] = _swiglu(gate, up, limit) * weight
 
     return launch(
         kernel,
@@ -125,14 +136,21 @@ def _down(live: Array, hidden: Array, ids: Array, w2: Weight, shared: Array, *, 
 
         @pl.when(exists)
         def _() -> None:
-            totals: list[Array] = []
-            for k in range(top_k):
-                dots = routed.dots(ptx, w2, (experts[k],), chosen, acts)
-                for step in dots.steps:  # one running sum over the steps of all k
-                    (fresh,) = lane_sums([dataclasses.replace(dots, steps=[step])], [t * top_k + k])
-                    totals = [a + b for a, b in zip(totals, fresh, strict=True)] if totals else fresh
-            for row, lanes, more in zip(chosen, totals, added, strict=True):
-                out[t, row] = ptx.tree_sum(lanes) + more
+            # The steps of all k in order, of each the terms of all output rows: every weight is on its way at once.
+            terms = [
+                (t * top_k + k, [read(step) for read in dots.reads])
+                for k, expert in enumerate(experts)
+                for dots in [routed.dots(ptx, w2, (expert,), chosen, acts)]
+                for step in dots.steps
+            ]
+            ptx.fence()
+
+            @pl.when(experts[0] >= 0)  # always so
+            def _() -> None:
+                steps = [[term(acts, m)() for term in each] for m, each in terms]
+                totals = [functools.reduce(jnp.add, lanes) for lanes in zip(*steps, strict=True)]
+                for row, lanes, more in zip(chosen, totals, added, strict=True):
+                    out[t, row] = ptx.tree_sum(lanes) + more
 
     return launch(
         kernel,
