@@ -1,7 +1,7 @@
 """Hyper-connections between two sub-layers: the collapse of the streams, its norm and its codes; and what returns.
 
 The sub-layer waits for the collapse alone. The Sinkhorn iterations, whose result is needed after it, are a launch
-beside it.
+beside it: not beside the collapse, which would wait for the fork, and not in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ds4jax.activation import Q8, Activation
 from ds4jax.pallas.norm import row_shapes
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
 from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import LANES, ROWS, add_in_tree, part_size, pick
+from ds4jax.pallas.rows import LANES, ROWS, add_in_tree, part_size, pick, when_live
 from ds4jax.pallas.streams import Pending, collapse, hyper_mix
 
 PART = 512  # features that a program writes
@@ -80,30 +80,103 @@ def logits(leaves: Any, scale: Any, base: Any, row: Any, width: int, eps: float)
     return values
 
 
-def _returning(
+def _normed(
     live: Array,
+    x: Array,
     leaves: Array,
     scale: Array,
     base: Array,
+    weight: Array,
     *,
-    width: int,
-    iters: int,
     eps: float,
     hc_eps: float,
+    act: str,
+    name: str,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """Weights `[T, H]` of the sub-layer's output, and the mixing matrix `[T, H, H]`."""
-    rows, h = leaves.shape[0], math.isqrt(leaves.shape[2]) - 1
-    lanes, tile = next_power(leaves.shape[2]), max(32, next_power(h * h))
+) -> tuple[Activation, Array]:
+    """The normed collapse, and the `logits`. Every program adds up the squares of a row, and writes its own part."""
+    (rows, h, depth), outputs = x.shape, leaves.shape[2] - 1
+    size = part_size(depth, PART if rows <= ROWS else 4 * PART)
+    coded = act == "q8" and depth % 32 == 0
+    lanes = min(LANES, next_power(depth))
+    count = -(-depth // lanes)
+    steps = max(n for n in range(1, STEPS + 1) if count % n == 0)
 
-    def kernel(ptx: Instructions, live: Any, leaves: Any, scale: Any, base: Any, post: Any, mixing: Any) -> None:
-        row = pl.program_id(0)
-        exists, numbers = live[row] != 0, logits(leaves, scale, base, row, width, eps)
+    def kernel(
+        ptx: Instructions,
+        live: Any,
+        x: Any,
+        leaves: Any,
+        scale: Any,
+        base: Any,
+        weight: Any,
+        numbers: Any,
+        y: Any,
+        *codes: Any,
+    ) -> None:
+        row, part = pl.program_id(0), pl.program_id(1)
+
+        def streams(turn: Any) -> list[list[Array]]:
+            places = [(turn * steps + n) * lanes + jnp.arange(lanes, dtype=i32) for n in range(steps)]
+            masks = [None if depth % lanes == 0 else place < depth for place in places]
+            return [
+                [load(x, row, k, place, mask=mask) for k in range(h)] for place, mask in zip(places, masks, strict=True)
+            ]
+
+        # All loads are on their way before the first wait.
+        exists, place = live[row] != 0, pl.ds(part * size, size)
+        found = logits(leaves, scale, base, row, h * depth, eps)
+        first, own, factor = streams(0), [load(x, row, k, place) for k in range(h)], load(weight, place)
         ptx.fence()
 
         @pl.when(exists)
         def _() -> None:
-            values, lane = numbers(), jnp.arange(lanes, dtype=i32)
+            values, lane = found(), jnp.arange(next_power(outputs + 1), dtype=i32)
+            gates = sigmoid(values)
+            weights = [pick(gates, k) + jnp.float32(hc_eps) for k in range(h)]
+
+            def add(loaded: list[list[Array]], total: Array) -> Array:
+                made = [collapse(each, weights) for each in loaded]
+                return functools.reduce(jnp.add, [v * v for v in made], total)
+
+            total = add(first, jnp.zeros(lanes, f32))
+            total = lax.fori_loop(1, count // steps, lambda turn, total: add(streams(turn), total), total)
+            mean = ptx.tree_sum(total) * jnp.float32(1 / depth)
+            normed = collapse(own, weights) * lax.rsqrt(mean + jnp.float32(eps)) * factor
+            store(y, normed, row, place)
+            store(numbers, values, row, lane, mask=(part == 0) & (lane < outputs))
+            if coded:
+                store_q8(ptx, codes[0], codes[1], normed, row, part * (size // 32))
+
+    numbers, y, *codes = launch(
+        kernel,
+        (jax.ShapeDtypeStruct((rows, outputs), f32), *row_shapes(rows, depth, coded)),
+        (rows, depth // size),
+        live.astype(i32),
+        x,
+        leaves,
+        scale,
+        base,
+        weight,
+        name=name,
+        warps=WARPS,
+        interpret=interpret,
+    )
+    return Activation(y, Q8(*codes) if coded else None), numbers
+
+
+def _returning(live: Array, numbers: Array, *, iters: int, hc_eps: float, interpret: bool) -> tuple[Array, Array]:
+    """Weights `[T, H]` of the sub-layer's output, and the mixing matrix `[T, H, H]`, of the `logits` of every row."""
+    rows, lanes = numbers.shape
+    h = math.isqrt(lanes + 1) - 1
+    tile = max(32, next_power(h * h))
+
+    def kernel(ptx: Instructions, live: Any, numbers: Any, post: Any, mixing: Any) -> None:
+        row, lane = pl.program_id(0), jnp.arange(next_power(lanes), dtype=i32)
+
+        @when_live(live, row)
+        def _() -> None:
+            values = load(numbers, row, lane, mask=lane < lanes)
             store(post, 2.0 * sigmoid(values), row, lane - h, mask=(lane >= h) & (lane < 2 * h))
             # Instructions are for tiles: every lane iterates on the whole matrix and keeps one element.
             start = [jnp.broadcast_to(pick(values, 2 * h + index), (tile,)) for index in range(h * h)]
@@ -118,88 +191,12 @@ def _returning(
         tuple(jax.ShapeDtypeStruct((rows, n), f32) for n in (h, h * h)),
         (rows,),
         live.astype(i32),
-        leaves,
-        scale,
-        base,
+        numbers,
         name="hyper_return",
         warps=1,
         interpret=interpret,
     )
     return post, mixing.reshape(rows, h, h)
-
-
-def _normed(
-    live: Array,
-    x: Array,
-    leaves: Array,
-    scale: Array,
-    base: Array,
-    weight: Array,
-    *,
-    eps: float,
-    hc_eps: float,
-    act: str,
-    name: str,
-    interpret: bool,
-) -> Activation:
-    """The normed collapse. Every program adds up the squares of the whole row, and writes its own part."""
-    rows, h, depth = x.shape
-    size = part_size(depth, PART if rows <= ROWS else 4 * PART)
-    coded = act == "q8" and depth % 32 == 0
-    lanes = min(LANES, next_power(depth))
-    count = -(-depth // lanes)
-    steps = max(n for n in range(1, STEPS + 1) if count % n == 0)
-
-    def kernel(
-        ptx: Instructions, live: Any, x: Any, leaves: Any, scale: Any, base: Any, weight: Any, y: Any, *codes: Any
-    ) -> None:
-        row, part = pl.program_id(0), pl.program_id(1)
-
-        def streams(turn: Any) -> list[list[Array]]:
-            places = [(turn * steps + n) * lanes + jnp.arange(lanes, dtype=i32) for n in range(steps)]
-            masks = [None if depth % lanes == 0 else place < depth for place in places]
-            return [
-                [load(x, row, k, place, mask=mask) for k in range(h)] for place, mask in zip(places, masks, strict=True)
-            ]
-
-        # All loads are on their way before the first wait.
-        exists, place = live[row] != 0, pl.ds(part * size, size)
-        values = logits(leaves, scale, base, row, h * depth, eps)
-        first, own, factor = streams(0), [load(x, row, k, place) for k in range(h)], load(weight, place)
-        ptx.fence()
-
-        @pl.when(exists)
-        def _() -> None:
-            gates = sigmoid(values())
-            weights = [pick(gates, k) + jnp.float32(hc_eps) for k in range(h)]
-
-            def add(loaded: list[list[Array]], total: Array) -> Array:
-                made = [collapse(each, weights) for each in loaded]
-                return functools.reduce(jnp.add, [v * v for v in made], total)
-
-            total = add(first, jnp.zeros(lanes, f32))
-            total = lax.fori_loop(1, count // steps, lambda turn, total: add(streams(turn), total), total)
-            mean = ptx.tree_sum(total) * jnp.float32(1 / depth)
-            normed = collapse(own, weights) * lax.rsqrt(mean + jnp.float32(eps)) * factor
-            store(y, normed, row, place)
-            if coded:
-                store_q8(ptx, codes[0], codes[1], normed, row, part * (size // 32))
-
-    y, *codes = launch(
-        kernel,
-        row_shapes(rows, depth, coded),
-        (rows, depth // size),
-        live.astype(i32),
-        x,
-        leaves,
-        scale,
-        base,
-        weight,
-        name=name,
-        warps=WARPS,
-        interpret=interpret,
-    )
-    return Activation(y, Q8(*codes) if coded else None)
 
 
 def hyper_enter(
@@ -218,11 +215,21 @@ def hyper_enter(
     interpret: bool,
 ) -> tuple[Array, Activation, Array, Array]:
     """Kernel of `ops.hyper.hyper_enter`."""
-    _, h, depth = x.shape
     x, leaves = hyper_mix(live, x, pending, fn, interpret=interpret)
-    numbers: Any = {"eps": eps, "hc_eps": hc_eps, "interpret": interpret}
-    a = _normed(live, x, leaves, scale, base, weight, act=act, name="hyper_enter", **numbers)
-    return x, a, *_returning(live, leaves, scale, base, width=h * depth, iters=iters, **numbers)
+    a, numbers = _normed(
+        live,
+        x,
+        leaves,
+        scale,
+        base,
+        weight,
+        eps=eps,
+        hc_eps=hc_eps,
+        act=act,
+        name="hyper_enter",
+        interpret=interpret,
+    )
+    return x, a, *_returning(live, numbers, iters=iters, hc_eps=hc_eps, interpret=interpret)
 
 
 def hyper_leave(
@@ -252,4 +259,4 @@ def hyper_leave(
         act=act,
         name="hyper_leave",
         interpret=interpret,
-    )
+    )[0]
