@@ -23,7 +23,6 @@ OPS = (
     "rope_table",
     "q_norm_rope",
     "kv_store",
-    "unrotate",
     "hyper_enter",
     "hyper_post",
     "hyper_leave",

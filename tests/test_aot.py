@@ -52,6 +52,6 @@ def test_kernels_and_decode_step(tmp_path):
 
 def test_strict_kernels_do_not_contract(tmp_path):
     """No product is fused with a sum where the reference has two roundings."""
-    kernels = compiled(tmp_path, "norm", "kv_store", "unrotate", "hyper_post", ptx=True)["contractions"]
+    kernels = compiled(tmp_path, "norm", "kv_store", "q_norm_rope", "hyper_post", ptx=True)["contractions"]
     assert len(kernels) >= 4
     assert set(kernels.values()) == {0}, kernels

@@ -11,7 +11,7 @@ from ds4jax.ops import compress as compress_ops
 from ds4jax.ops import simulate
 
 PURE = golden.pure()
-attention = jax.jit(ops.attention, static_argnames=("window", "first", "precision"))
+attention = jax.jit(ops.attend, static_argnames=("window", "first", "precision"))
 indexer = jax.jit(ops.indexer, static_argnames=("top_k", "simulate", "precision"))
 compress = jax.jit(compress_ops.compress, static_argnames=("ratio", "eps", "simulate"))
 on_fp8_grid = jax.jit(simulate.fp8_round_trip)

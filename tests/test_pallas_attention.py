@@ -11,11 +11,12 @@ from ds4jax import pallas
 from ds4jax.ops import WRITERS
 from ds4jax.ops import attention as ops
 from ds4jax.ops import simulate as simulate_ops
+from ds4jax.ops.quantise import act_q8
 from ds4jax.ops.rows import Live
 from ds4jax.pallas import attention as attention_kernels
 from ds4jax.pallas import indexer as indexer_kernels
 
-HEADS, WIDTH, WINDOW = 3, 16, 70
+HEADS, WIDTH, WINDOW = 6, 32, 70
 SEQUENCE = jnp.array([0, 1, 0, 1], jnp.int32)
 LIVE = jnp.array([True, True, False, True])
 
@@ -61,32 +62,49 @@ def test_raw_rows(dtype, width, rotary, simulate):
 # --------------------------------------------------------------------------------------------------- attention
 
 
+ANGLE = np.linspace(-3, 3, 16).reshape(4, -1)
+TABLE = jnp.cos(ANGLE).astype(jnp.float32), jnp.sin(ANGLE).astype(jnp.float32)
+
+
 @functools.cache
-def attention_pair(first: int):
-    settings = {"window": WINDOW, "first": first}
+def attention_pair(first: int, groups: int = 2):
+    settings = {"window": WINDOW, "first": first, "groups": groups, "act": "q8"}
     reference = jax.jit(functools.partial(ops.attention, precision="highest", **settings))
     return kernel("attention", **settings), reference
 
 
-def same_attention(q, position, ids, visible, raw, rows, sink, first: int = 0) -> None:
-    """Near the reference, and a row alone has the bits of the row among others."""
-    run, reference = attention_pair(first)
-    got = np.asarray(run(LIVE, q, position, SEQUENCE, ids, visible, raw, rows, sink))
-    want = np.asarray(reference(q, position, SEQUENCE, ids, visible, raw, rows, sink))
-    np.testing.assert_allclose(got[LIVE], want[LIVE], rtol=0, atol=3e-6)
-    one = jax.tree.map(lambda a: a[3:], (LIVE, q, position, SEQUENCE, ids, visible))
-    np.testing.assert_array_equal(np.asarray(run(*one, raw, rows, sink))[0], got[3])
+def take(rows, which):
+    return jax.tree.map(lambda a: np.asarray(a)[which], rows)
+
+
+def assert_same(got, want) -> None:
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def same_attention(q, position, ids, visible, raw, rows, sink, first: int = 0, groups: int = 2) -> None:
+    """Near the reference, with the codes of the floats that they are; a row alone has the bits of the row among
+    others."""
+    run, reference = attention_pair(first, groups)
+    got = run(LIVE, q, *TABLE, position, SEQUENCE, ids, visible, raw, rows, sink)
+    want = reference(q, *TABLE, position, SEQUENCE, ids, visible, raw, rows, sink)
+    np.testing.assert_allclose(take(got.x, LIVE), take(want.x, LIVE), rtol=1e-6, atol=3e-6)
+    assert_same(take(got.q8, LIVE), take(jax.jit(act_q8)(got.x), LIVE))
+    one = jax.tree.map(lambda a: a[3:], (LIVE, q, *TABLE, position, SEQUENCE, ids, visible))
+    assert_same(take(run(*one, raw, rows, sink), 0), take(got, 3))
 
 
 POSITION = jnp.array([3, 40, 10**6, 200], jnp.int32)
 
 
-@pytest.mark.parametrize("dtype, first", [(np.float16, 0), (np.float16, 1), (np.float32, 0)])
-def test_window(dtype, first):
-    """A ring that wraps around, a window that has just begun, places of one part only."""
+@pytest.mark.parametrize(
+    "dtype, first, width, groups", [(np.float16, 0, WIDTH, 2), (np.float16, 1, WIDTH, 2), (np.float32, 0, 16, 3)]
+)
+def test_window(dtype, first, width, groups):
+    """A ring that wraps around, a window that has just begun, places of one part only; codes of two heads."""
     rng = np.random.default_rng(1)
-    raw = draw(rng, 2, WINDOW + 3, WIDTH, dtype=dtype)
-    same_attention(draw(rng, 4, HEADS, WIDTH) * 3, POSITION, None, None, raw, None, draw(rng, HEADS), first=first)
+    raw, q = draw(rng, 2, WINDOW + 3, width, dtype=dtype), draw(rng, 4, HEADS, width) * 3
+    same_attention(q, POSITION, None, None, raw, None, draw(rng, HEADS), first, groups)
 
 
 def test_selected_rows():
@@ -110,30 +128,31 @@ def test_visible_rows():
     q, raw, sink = draw(rng, 4, HEADS, WIDTH), draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16), draw(rng, HEADS)
     same_attention(q, POSITION, None, visible, raw, rows, sink)
     run, few = attention_pair(0)[0], jnp.minimum(visible, 129)
-    full, short = (run(LIVE, q, POSITION, SEQUENCE, None, few, raw, r, sink) for r in (rows, rows[:, :192]))
-    np.testing.assert_array_equal(np.asarray(full)[LIVE], np.asarray(short)[LIVE])
+    full, short = (run(LIVE, q, *TABLE, POSITION, SEQUENCE, None, few, raw, r, sink) for r in (rows, rows[:, :192]))
+    assert_same(take(full, LIVE), take(short, LIVE))
 
 
 def test_rows_take_turns(monkeypatch):
     """Where the partial results of all rows would take too much memory; the last turn repeats rows."""
     rng = np.random.default_rng(7)
-    args = (draw(rng, 4, HEADS, WIDTH), POSITION, SEQUENCE, None, None)
+    args = (draw(rng, 4, HEADS, WIDTH), *TABLE, POSITION, SEQUENCE, None, None)
     shared = (draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16), None, draw(rng, HEADS))
-    at_once = np.asarray(attention_pair(0)[0](LIVE, *args, *shared))
+    at_once = attention_pair(0)[0](LIVE, *args, *shared)
     partial = -(-WINDOW // attention_kernels.PART) * HEADS * WIDTH * 4
     monkeypatch.setattr(attention_kernels, "WORKSPACE", 3 * partial)
     live, *args = jax.tree.map(lambda a: jnp.concatenate([a, a[:1]]), (LIVE, *args))
-    got = np.asarray(kernel("attention", window=WINDOW, first=0)(live, *args, *shared))
-    np.testing.assert_array_equal(got[live], at_once[[0, 1, 3, 0]])
+    got = kernel("attention", window=WINDOW, first=0, groups=2, act="q8")(live, *args, *shared)
+    assert_same(take(got, live), take(at_once, jnp.array([0, 1, 3, 0])))
 
 
 def test_extreme_sinks_and_scores():
     rng = np.random.default_rng(4)
     raw = draw(rng, 2, WINDOW + 3, WIDTH, dtype=np.float16) * np.float16(30)
-    sink = jnp.array([500.0, -500.0, 0.0])
+    sink = jnp.array([500.0, -500.0, 0.0] * 2)
     same_attention(draw(rng, 4, HEADS, WIDTH) * 0.02, POSITION, None, None, raw, None, sink)
-    got = attention_pair(0)[0](LIVE, draw(rng, 4, HEADS, WIDTH) * 1000, POSITION, SEQUENCE, None, None, raw, None, sink)
-    assert np.isfinite(np.asarray(got)[LIVE]).all()
+    q = draw(rng, 4, HEADS, WIDTH) * 1000
+    got = attention_pair(0)[0](LIVE, q, *TABLE, POSITION, SEQUENCE, None, None, raw, None, sink)
+    assert np.isfinite(take(got.x, LIVE)).all()
 
 
 # ---------------------------------------------------------------------------------------------------- compress

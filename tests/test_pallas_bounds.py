@@ -26,13 +26,15 @@ def same(count, value):
 
 def keys(count, ids=None, visible=None):
     """Attention of sequence 1 of 2: over a window, and listed compressed rows or all that there is room for."""
-    compressed = None if ids is None and visible is None else normal(2, visible or 64, 16, dtype=jnp.float16)
+    compressed = None if ids is None and visible is None else normal(2, visible or 64, 32, dtype=jnp.float16)
     if ids is not None:
         ids = jnp.broadcast_to(jnp.arange(ids, dtype=jnp.int32), (count, ids))
     if visible is not None:
         visible = same(count, visible)
-    row_args = normal(count, 3, 16), same(count, 255), same(count, 1), ids, visible
-    return row_args, (normal(2, 77, 16, dtype=jnp.float16), compressed, normal(3)), {"window": 70, "first": 1}
+    table = normal(count, 2), normal(count, 2)
+    row_args = normal(count, 3, 32), *table, same(count, 255), same(count, 1), ids, visible
+    settings = {"window": 70, "first": 1, "groups": 3, "act": "q8"}
+    return row_args, (normal(2, 77, 32, dtype=jnp.float16), compressed, normal(3)), settings
 
 
 def pooled(count, ratio, width, simulate):
@@ -77,7 +79,6 @@ def indexer(count):
 CASES = {
     "q_norm_rope": glue(cases_glue.q_norm_rope(1, 192, 64)),
     "kv_store": glue(cases_glue.kv_store(40, 16, simulate=False)),
-    "unrotate": glue(cases_glue.unrotate(4, 24, 8, groups=2)),
     "hyper_enter": glue(cases_glue.hyper_enter(3, 24, iters=1)),
     "router": glue(cases_glue.router(12, 1100, 2)),
     "router, given ids": glue(cases_glue.router(12, 64, 2, "given")),

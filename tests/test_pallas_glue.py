@@ -17,8 +17,6 @@ SMALL = {
     "norm": cases.norm(384),
     "norm of an odd width": cases.norm(40),
     "q_norm_rope": cases.q_norm_rope(2, 192, 64),
-    "unrotate": cases.unrotate(4, 192, 64, groups=2),
-    "unrotate, heads within a block": cases.unrotate(8, 24, 8, groups=2),
     "hyper_enter": cases.hyper_enter(2, 256, iters=2),
     "hyper_enter, odd": cases.hyper_enter(3, 24, iters=3),
     "hyper_enter, parts of a stream": cases.hyper_enter(2, 2048, iters=2, kind="one"),
@@ -73,7 +71,7 @@ def test_kernel_equals_reference(name):
         assert_equal(kernel(jnp.ones(2, bool), rows, shared, **how), reference(rows, shared, **how))
 
 
-@pytest.mark.parametrize("name", ["norm", "unrotate", "hyper_enter, streams in a part", "router"])
+@pytest.mark.parametrize("name", ["norm", "hyper_enter, streams in a part", "router"])
 def test_rows_do_not_depend_on_their_number(name):
     """More rows than run unasked: every second one is absent, and its content does not matter."""
     rows, shared, how = made(SMALL[name], 1)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ds4jax.bench.case import Case, positions, sequences
-from ds4jax.bench.cases_glue import RING
+from ds4jax.bench.cases_glue import RING, angles
 
-WINDOW, HEADS, WIDTH, ROTARY = 128, 64, 512, 64
+WINDOW, HEADS, WIDTH, ROTARY, GROUPS = 128, 64, 512, 64, 8
 TOP_K, INDEX_HEADS, INDEX_WIDTH = 512, 64, 128
 BLOCK = 64  # capacities are multiples of so many compressed rows
 
@@ -41,11 +41,12 @@ def attention(context: int, ratio: int, first: int = 0) -> Case:
     n = -(-context // (BLOCK * ratio)) * BLOCK if ratio else 0
 
     def rows(key: Array, t: int) -> tuple[Any, ...]:
-        k1, k2 = split(key)
+        k1, k2, k3 = split(key, 3)
         q, position = normal(k1, (t, HEADS, WIDTH)), positions(t, context)
         seen = (position + 1) // max(ratio, 1)
         ids = chosen(k2, seen, min(TOP_K, n), n) if ratio == 4 else None
-        return q, position, sequences(t), ids, seen if ratio and ids is None else None
+        table = angles(k3, t, ROTARY)
+        return q, *table, position, sequences(t), ids, seen if ratio and ids is None else None
 
     def shared(key: Array) -> tuple[Any, ...]:
         k1, k2, k3 = split(key, 3)
@@ -56,7 +57,7 @@ def attention(context: int, ratio: int, first: int = 0) -> Case:
         seen = context // ratio if ratio else 0
         return (min(context, WINDOW) + (t * min(TOP_K, seen) if ratio == 4 else seen)) * WIDTH * 2
 
-    settings = {"window": WINDOW, "first": first, "precision": "highest"}
+    settings = {"window": WINDOW, "first": first, "groups": GROUPS, "act": "q8", "precision": "highest"}
     return Case("attention", settings, rows, shared, active)
 
 

@@ -70,12 +70,6 @@ def kv_store(depth: int, rotary: int, simulate: bool = True) -> Case:
     return Case("kv_store", {"eps": EPS, "simulate": simulate}, rows, shared, lambda t: depth * 4)
 
 
-def unrotate(heads: int, depth: int, rotary: int, groups: int) -> Case:
-    """Attention output `[T, heads, depth]` on its way into the grouped projection."""
-    settings = {"groups": groups, "act": "q8"}
-    return Case("unrotate", settings, lambda key, t: _rotated(key, t, rotary, heads, depth), lambda key: ())
-
-
 def _streams(key: Array, rows: int, streams: int, depth: int, kind: str) -> Array:
     if kind == "grid":
         return grid(key, rows, streams, depth, unit=1 / 4)
@@ -199,7 +193,6 @@ GLUE: dict[str, Case] = {
     "q_norm_rope": q_norm_rope(64, 512, 64),
     "kv_store": kv_store(512, 64),
     "kv_store, no FP8": kv_store(512, 64, simulate=False),
-    "unrotate": unrotate(64, 512, 64, groups=8),
     "hyper_enter": hyper_enter(4, 4096),
     "hyper_enter, every order of sums": hyper_enter(4, 4096, kind="one"),
     "hyper_enter, nothing pending": hyper_enter(4, 4096, kind="one", pending=False),

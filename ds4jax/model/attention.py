@@ -20,7 +20,7 @@ from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import CompressorCache, LayerCache, Rows
 from ds4jax.ops.attention import attention_sequence, index_query, index_scores
 from ds4jax.ops.compress import compress_sequence
-from ds4jax.ops.rope import kv_norm_rope
+from ds4jax.ops.rope import kv_norm_rope, unrotate
 from ds4jax.ops.rows import Live
 
 
@@ -195,9 +195,8 @@ class Attention(Layer):
         )
         return dataclasses.replace(cache, raw=raw)
 
-    def output(self, o: Float[Array, "T N d"], live: Live, table: Table) -> Float[Array, "T D"]:
-        """Takes the rotation of the values back and projects."""
-        a = self.op("unrotate", live, (o, *table), groups=self.config.o_groups, act=self.numerics.act)
+    def output(self, a: Activation, live: Live) -> Float[Array, "T D"]:
+        """Projects heads in groups `[T, G, N d / G]`, whose rotation has been taken back."""
         low = self.op("grouped_linear", live, (a,), (self.wo_a,), precision=self.numerics.precision)
         return self.linear(self.quantised(low, live), self.wo_b, live)
 
@@ -222,16 +221,18 @@ class Attention(Layer):
             assert cache.indexer is not None, "a CSA layer needs an indexer cache"
             ids, index = self.indexer(a, latent, rows, cache.indexer, table, frequencies)
             cache, visible = dataclasses.replace(cache, indexer=index), None
-        o = self.op(
+        heads = self.op(
             "attention",
             rows.live,
-            (q, rows.position, rows.sequence, ids, visible),
+            (q, *table, rows.position, rows.sequence, ids, visible),
             (cache.raw, compressed, self.sink),
             window=c.sliding_window,
             first=first,
+            groups=c.o_groups,
+            act=self.numerics.act,
             precision=self.numerics.precision,
         )
-        return self.output(o, rows.live, table), cache
+        return self.output(heads, rows.live), cache
 
     def sequence(
         self, x: Float[Array, "B S D"], table: Table, frequencies: Array, earlier: Float[Array, "B S d"] | None = None
@@ -266,7 +267,9 @@ class Attention(Layer):
             window=c.sliding_window,
             precision=self.numerics.precision,
         )
-        out = self.output(o.reshape(batch * s, c.num_attention_heads, -1), live, table).reshape(batch, s, -1)
+        o = o.reshape(batch * s, c.num_attention_heads, -1)
+        a = unrotate(o, *table, groups=c.o_groups, act=self.numerics.act)
+        out = self.output(a, live).reshape(batch, s, -1)
         loss = jnp.zeros(()) if scores is None else index_loss(scores, row_scores, visible)
         return out, Keys(kv, loss)
 

@@ -35,7 +35,6 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "grouped_linear": _linear.grouped_linear,
     "rope_table": _rope.rope_table,
     "q_norm_rope": _rope.q_norm_rope,
-    "unrotate": _rope.unrotate,
     "hyper_enter": _hyper.hyper_enter,
     "hyper_post": _hyper.hyper_post,
     "hyper_leave": _hyper.hyper_leave,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ds4jax.ops.rope import rotate
+from ds4jax.activation import Activation
+from ds4jax.ops.rope import rotate, unrotate
 from ds4jax.ops.simulate import fp4_round_trip, hadamard
 from ds4jax.ops.sums import ordered_sum
 
@@ -70,6 +71,29 @@ def indexer(
 
 def attention(
     q: Float[Array, "T N d"],
+    cos: Float[Array, "T r2"],
+    sin: Float[Array, "T r2"],
+    position: Int[Array, " T"],
+    sequence: Int[Array, " T"],
+    ids: Int[Array, "T k"] | None,
+    visible: Int[Array, " T"] | None,
+    raw: Float[Array, "B cap d"],
+    rows: Float[Array, "B n d"] | None,
+    sink: Float[Array, " N"],
+    *,
+    window: int,
+    first: int,
+    groups: int,
+    act: str,
+    precision: str,
+) -> Activation:
+    """`attend`, then `unrotate`: input of the grouped output projection, `[T, G, N d / G]`."""
+    o = attend(q, position, sequence, ids, visible, raw, rows, sink, window=window, first=first, precision=precision)
+    return unrotate(o, cos, sin, groups=groups, act=act)
+
+
+def attend(
+    q: Float[Array, "T N d"],
     position: Int[Array, " T"],
     sequence: Int[Array, " T"],
     ids: Int[Array, "T k"] | None,
@@ -93,7 +117,7 @@ def attention(
     total, heads, d = q.shape
     scale = jnp.float32(1 / math.sqrt(d))
 
-    def attend(carry: tuple[Array, Array, Array], keys: Array, seen: Bool[Array, "T k"]) -> tuple[Array, Array, Array]:
+    def add(carry: tuple[Array, Array, Array], keys: Array, seen: Bool[Array, "T k"]) -> tuple[Array, Array, Array]:
         maximum, denominator, acc = carry
         keys = jnp.where(seen[:, :, None], keys.astype(jnp.float32), 0.0)
         s = jnp.einsum("tnd,tkd->tnk", q, keys, precision=precision) * scale
@@ -109,7 +133,7 @@ def attention(
         jnp.zeros((total, heads, d), jnp.float32),
     )
     place = position[:, None] - window + 1 + jnp.arange(window, dtype=jnp.int32)
-    carry = attend(carry, raw[sequence[:, None], place % raw.shape[1]], place >= first)
+    carry = add(carry, raw[sequence[:, None], place % raw.shape[1]], place >= first)
     if rows is None:
         return carry[2] / carry[1][..., None]
 
@@ -125,10 +149,10 @@ def attention(
         if ids is not None:
             index = lax.dynamic_slice_in_dim(chosen, block * BLOCK, BLOCK, 1)
             keys = rows[sequence[:, None], jnp.minimum(index, n - 1)]
-            return attend(carry, keys, index < n)
+            return add(carry, keys, index < n)
         index = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
         keys = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, 1)[sequence]
-        return attend(carry, keys, index < count[:, None])
+        return add(carry, keys, index < count[:, None])
 
     carry = lax.fori_loop(0, (jnp.max(count) + BLOCK - 1) // BLOCK, step, carry)
     return carry[2] / carry[1][..., None]
@@ -145,7 +169,7 @@ def attention_sequence(
     window: int,
     precision: str,
 ) -> tuple[Float[Array, "B S N d"], Float[Array, "B S N n"]]:
-    """Attention of whole sequences from position 0: the training form of `attention`.
+    """Attention of whole sequences from position 0: the training form of `attend`.
 
     `kv` are the keys of earlier positions, `own` the key of a position for itself (the same array for the trunk,
     another one for a chained draft). Returns the output and the scaled scores of all compressed rows, from which the

@@ -43,7 +43,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "experts": _experts.experts,
     "q_norm_rope": _rope.q_norm_rope,
     "kv_store": _rope.kv_store,
-    "unrotate": _rope.unrotate,
     "hyper_enter": _hyper.hyper_enter,
     "hyper_post": _streams.hyper_post,
     "hyper_leave": _hyper.hyper_leave,

@@ -10,6 +10,7 @@ keys of a step are on their way before the first is used, and serve scores and v
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from ds4jax.activation import Q8, Activation
+from ds4jax.pallas.norm import row_shapes
 from ds4jax.pallas.ptx import (
     STACK,
     Instructions,
@@ -31,6 +34,8 @@ from ds4jax.pallas.ptx import (
     stacked,
     store,
 )
+from ds4jax.pallas.quantise import quantise, store_q8
+from ds4jax.pallas.rope import angles, swapped, turn
 from ds4jax.pallas.rows import ROWS, part_size, when_live
 
 # Part of the definition of the result.
@@ -39,12 +44,16 @@ LISTED_HEADS = 16  # of a program where rows are listed: so many keys are better
 PART = 32  # keys of a step: the fewest that give each of four warps a tile of scores
 MOST = 32  # parts of the compressed rows
 FEATURES = 128  # of a tile
-STEP = 16  # parts that the combination takes at once
+LISTED_FIRST, FIRST = 16, 4  # parts of compressed rows that it takes with those of the window: listed, counted
+STEP = 32  # parts that it takes at once after them
 
 WORKSPACE = 1 << 26  # bytes of partial results at a time, unless one row needs more
 
 State = tuple[Array, Array, list[Array]]
 """Of some keys: highest score and sum of exponentials `[group]`, weighted values by tiles `[group, chunk]`."""
+
+Combined = tuple[Array, Array, Array]
+"""Of the parts of one head so far: the same as scalars, and some features `[chunk]`."""
 
 
 def steps_of(visible: Array) -> Array:
@@ -154,48 +163,88 @@ def _combine(
     live: Any,
     visible: Any,
     sink: Any,
+    cos: Any,
+    sin: Any,
     maximum: Any,
     total: Any,
     acc: Any,
     out: Any,
-    *,
+    *codes: Any,
     near: int,
+    groups: int,
     chunk: int,
 ) -> None:
-    """Parts of one row and head: those of the window, then the others, `STEP` at a time."""
-    head, piece, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    feature = piece * chunk + jnp.arange(chunk, dtype=i32)
-    far = maximum.shape[2] - near
-    if visible is not None:
-        span = PART * steps_of(visible[row])
-        far = jnp.clip((visible[row] + span - 1) // span, 0, far)  # of a row that does not exist, anything
+    """Some features of one row and head: its parts added up, rotated back, and their codes.
 
-    def add(state: tuple[Array, Array, Array], start: Any, size: int, end: Any) -> tuple[Array, Array, Array]:
-        before, denominator, value = state
-        at = start + jnp.arange(size, dtype=i32)
-        there = at < end
-        peak = jnp.where(there, load(maximum, row, head, at, mask=there), -jnp.inf)
-        sums = load(total, row, head, at, mask=there)
-        values = load(acc, row, at[:, None], head, feature[None], mask=there[:, None])
-        highest = jnp.maximum(before, jnp.max(peak))
-        weight, old = jnp.exp(peak - highest), jnp.exp(before - highest)
-        full = peak > -jnp.inf  # a part without keys has no sums
-        denominator = denominator * old + jnp.sum(jnp.where(full, weight * sums, 0.0))
-        fresh = jnp.sum(jnp.where(full[:, None], weight[:, None] * values, 0.0), axis=0)
-        return highest, denominator, value * old + fresh
+    Parts of the window and the first of the compressed rows are read in one wait, before it is known how many there
+    are.
+    """
+    head, piece, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    heads, splits = maximum.shape[1:]
+    depth, per_group = acc.shape[3], heads // groups
+    feature, rotated = piece * chunk + jnp.arange(chunk, dtype=i32), depth - 2 * cos.shape[1]
 
     @when_live(live, row)
     def _() -> None:
-        state = add((sink[head], f32(1.0), jnp.zeros(chunk, f32)), 0, next_power(near), near)
-        groups = (far + STEP - 1) // STEP
-        state = lax.fori_loop(0, groups, lambda i, s: add(s, near + i * STEP, STEP, near + far), state)
+        count = None if visible is None else visible[row]
+
+        def exists(part: Array) -> Array:
+            there = part < splits  # more are visible only to a row that does not exist
+            return there if count is None else there & ((part - near) * PART * steps_of(count) < count)
+
+        def add(state: Combined, *parts: tuple[Array, Array, Array]) -> Combined:
+            """Adds parts: their numbers, which of them can be read, and which there are."""
+            values = [
+                load(acc, row, part[:, None], head, feature[None], mask=mask[:, None], early=True)
+                for part, mask, _ in parts
+            ]
+            # Maxima last: as nothing can be computed without them, no load is put off until registers are free.
+            sums, peaks = (
+                [load(ref, row, head, part, mask=mask, early=True) for part, mask, _ in parts]
+                for ref in (total, maximum)
+            )
+            peaks = [jnp.where(there, peak, -jnp.inf) for peak, (_, _, there) in zip(peaks, parts, strict=True)]
+            before, denominator, value = state
+            highest = functools.reduce(jnp.maximum, map(jnp.max, peaks), before)
+            old = jnp.exp(before - highest)
+            denominator, value = denominator * old, value * old
+            for peak, some, tile in zip(peaks, sums, values, strict=True):
+                weight, full = jnp.exp(peak - highest), peak > -jnp.inf  # a part without keys has no sums
+                denominator += jnp.sum(jnp.where(full, weight * some, 0.0))
+                value += jnp.sum(jnp.where(full[:, None], weight[:, None] * tile, 0.0), axis=0)
+            return highest, denominator, value
+
+        factors = angles(cos, sin, row, feature - rotated, inverse=True)
+        window = jnp.arange(next_power(near), dtype=i32)
+        known = [(window, window < near, window < near)]
+        begin = near + (LISTED_FIRST if visible is None else FIRST)
+        if splits > near:
+            part = jnp.arange(near, begin, dtype=i32)
+            known.append((part, part < splits, exists(part)))
+        state = add((sink[head], f32(1.0), jnp.zeros(chunk, f32)), *known)
+        if splits > begin:
+
+            def step(index: Array, state: Combined) -> Combined:
+                part = begin + index * STEP + jnp.arange(STEP, dtype=i32)
+                return add(state, (part, exists(part), exists(part)))
+
+            most = jnp.int32(-(-(splits - begin) // STEP))
+            steps = jnp.where(exists(jnp.int32(begin)), most, jnp.int32(0))
+            state = lax.fori_loop(0, steps, step, state)
         _, denominator, value = state
-        store(out, value / denominator, row, head, feature)
+        y = value / denominator
+        y = jnp.where(feature >= rotated, turn(y, swapped(y), *factors), y)
+        group, place = row * groups + head // per_group, head % per_group * depth + piece * chunk
+        store(out, y, group, pl.ds(place, chunk))
+        if codes:
+            store_q8(ptx, codes[0], codes[1], y, group, place // 32)
 
 
 def attention(
     live: Array,
     q: Array,
+    cos: Array,
+    sin: Array,
     position: Array,
     sequence: Array,
     ids: Array | None,
@@ -206,8 +255,10 @@ def attention(
     *,
     window: int,
     first: int,
+    groups: int,
+    act: str,
     interpret: bool,
-) -> Array:
+) -> Activation:
     """Kernel of `ops.attention.attention`.
 
     Scores and values come from tensor cores: keys in float16 as they are, queries and softmax weights in two float16
@@ -215,19 +266,22 @@ def attention(
     """
     heads, d = q.shape[1:]
     group = HEADS if ids is None else LISTED_HEADS
-    near, chunk = -(-window // PART), part_size(d, FEATURES)
+    near, chunk, width = -(-window // PART), part_size(d, FEATURES), heads * d // groups
     if ids is not None:
         splits = near + -(-ids.shape[1] // PART)
     else:
         splits = near + (0 if rows is None else min(-(-rows.shape[1] // PART), MOST))
+    coded = act == "q8" and d % 32 == 0  # otherwise a block of codes may be of two heads
 
     def parts(ptx: Instructions, *refs: Any) -> None:
         _parts(ptx, *refs, group=group, near=near, window=window, first=first)
 
     def combine(ptx: Instructions, *refs: Any) -> None:
-        _combine(ptx, *refs, near=near, chunk=chunk)
+        _combine(ptx, *refs, near=near, groups=groups, chunk=chunk)
 
-    def run(live: Array, q: Array, position: Array, sequence: Array, ids: Any, visible: Any) -> Array:
+    def run(
+        live: Array, q: Array, cos: Array, sin: Array, position: Array, sequence: Array, ids: Any, visible: Any
+    ) -> Activation:
         total = live.shape[0]
         shapes = (total, heads, splits), (total, heads, splits), (total, splits, heads, d)
         partial = launch(
@@ -246,29 +300,34 @@ def attention(
             warps=4,
             interpret=interpret,
         )
-        return launch(
+        planes = launch(
             combine,
-            jax.ShapeDtypeStruct(q.shape, f32),
+            row_shapes(total * groups, width, coded),
             (heads, d // chunk, total),
             live,
             visible,
             sink,
+            cos,
+            sin,
             *partial,
             name="attention",
             warps=1,
             interpret=interpret,
         )
+        y, *codes = (plane.reshape(total, groups, *plane.shape[1:]) for plane in planes)
+        return Activation(y, Q8(*codes)) if coded else quantise(live, y, act=act, interpret=interpret)
 
-    args = (live.astype(i32), q, position, sequence, ids, None if ids is not None else visible)
+    args = (live.astype(i32), q, cos, sin, position, sequence, ids, None if ids is not None else visible)
     total = len(live)
     turns = -(-total // max(WORKSPACE // (splits * heads * d * 4), 1))
     if turns == 1:
         return run(*args)
     size = -(-total // turns)
 
-    def turn(index: Array, out: Array) -> Array:
+    def take(index: Array, out: Activation) -> Activation:
         start = jnp.minimum(index * size, total - size)  # the last may repeat rows
         rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), args)
-        return lax.dynamic_update_slice_in_dim(out, run(*rows), start, 0)
+        return jax.tree.map(lambda o, v: lax.dynamic_update_slice_in_dim(o, v, start, 0), out, run(*rows))
 
-    return lax.fori_loop(0, turns, turn, jnp.zeros(q.shape, f32))
+    some = jax.eval_shape(run, *jax.tree.map(lambda a: a[:size], args))
+    return lax.fori_loop(0, turns, take, jax.tree.map(lambda a: jnp.zeros((total, *a.shape[1:]), a.dtype), some))

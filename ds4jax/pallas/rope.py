@@ -1,7 +1,7 @@
-"""Rotary embedding, fused with the norm before it or the quantisation after it.
+"""Rotary embedding: the norm and the rotation of queries and raw rows, and pieces for the kernels that rotate back.
 
-A rotated feature is `x cos + partner sin` with the sine negated in the first of a pair: every lane has one feature
-and loads its partner once more, so nothing moves between lanes.
+A rotated feature is `x cos + partner sin` with the sine negated in the first of a pair: every lane has one feature,
+and loads its partner once more where features come from memory, so nothing moves between lanes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from ds4jax.activation import Q8, Activation
-from ds4jax.pallas.norm import inverse_rms, row_shapes
+from ds4jax.pallas.norm import inverse_rms
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, store
-from ds4jax.pallas.quantise import store_q8
-from ds4jax.pallas.rows import part_size, ring_place, when_live
+from ds4jax.pallas.rows import ring_place, when_live
 from ds4jax.pallas.simulate import FP8_BLOCK, fp8_round_trip
 
-PART = 256  # features that a program of `unrotate` takes
 HEAD_PART = 128  # features that a program of `q_norm_rope` takes
 
 
@@ -39,13 +36,20 @@ def signed(sin: Array, offset: Array, inverse: bool = False) -> Array:
 def angles(cos: Any, sin: Any, row: Any, offset: Array, inverse: bool = False) -> tuple[Array, Array]:
     """Cosine and signed sine for features `offset` of the rotated ones; nothing is loaded for others."""
     rotated = (offset >= 0) & (offset < 2 * cos.shape[1])
-    c, s = (load(table, row, offset >> 1, mask=rotated) for table in (cos, sin))
+    c, s = (load(table, row, offset >> 1, mask=rotated, early=True) for table in (cos, sin))
     return c, signed(s, offset, inverse)
 
 
 def partner_of(place: Array, offset: Array) -> Array:
     """Where the other feature of a pair is."""
     return place + 1 - 2 * (offset & 1)
+
+
+def swapped(x: Array) -> Array:
+    """The other feature of every pair, to the bit."""
+    pairs = lax.bitcast_convert_type(x, i32).reshape(-1, 2)
+    others = jnp.sum(pairs, axis=1)[:, None] - pairs
+    return lax.bitcast_convert_type(others.reshape(x.shape), f32)
 
 
 def norm_rope(
@@ -149,42 +153,3 @@ def kv_store(
         where=(live.astype(i32), sequence, place),
         ring=ring,
     )
-
-
-def unrotate(live: Array, o: Array, cos: Array, sin: Array, *, groups: int, act: str, interpret: bool) -> Activation:
-    """Kernel of `ops.rope.unrotate`."""
-    rows, heads, depth = o.shape
-    width = heads * depth // groups
-    tail, size = depth - 2 * cos.shape[1], part_size(width, PART)
-    flat = rows * groups
-    coded = act == "q8" and width % 32 == 0
-
-    def kernel(ptx: Instructions, live: Any, o: Any, cos: Any, sin: Any, out: Any, *codes: Any) -> None:
-        group, part = pl.program_id(0), pl.program_id(1)
-        row = group // groups
-
-        @when_live(live, row)
-        def _() -> None:
-            place = part * size + jnp.arange(size, dtype=i32)
-            offset = lax.rem(place, jnp.full(size, depth, i32)) - tail
-            y = load(o, group, place)
-            partner = load(o, group, partner_of(place, offset), mask=offset >= 0)
-            y = jnp.where(offset >= 0, turn(y, partner, *angles(cos, sin, row, offset, inverse=True)), y)
-            store(out, y, group, place)
-            if codes:
-                store_q8(ptx, codes[0], codes[1], y, group, part * (size // 32))
-
-    y, *codes = launch(
-        kernel,
-        row_shapes(flat, width, coded),
-        (flat, width // size),
-        live.astype(i32),
-        o.reshape(flat, width),
-        cos,
-        sin,
-        name="unrotate",
-        warps=1,
-        interpret=interpret,
-    )
-    a = Activation(y, Q8(*codes) if coded else None)
-    return jax.tree.map(lambda plane: plane.reshape(rows, groups, *plane.shape[1:]), a)
