@@ -42,12 +42,14 @@ class Case:
 
     def call(
         self, num: Numerics, live: Live, rows: Any, weights: tuple[Any, ...], caches: tuple[Any, ...]
-    ) -> tuple[list[Array], tuple[Any, ...]]:
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Results of one call, and the caches that it has written."""
-        results = jax.tree.leaves(ops.call(self.op, num, live, rows, (*weights, *caches), **self.settings))
-        before, structure = jax.tree.flatten(caches)
-        count = len(results) - len(before)
-        return results[:count], jax.tree.unflatten(structure, results[count:])
+        results = ops.call(self.op, num, live, rows, (*weights, *caches), **self.settings)
+        if not caches:
+            return results, ()
+        leaves, (before, structure) = jax.tree.leaves(results), jax.tree.flatten(caches)
+        count = len(leaves) - len(before)
+        return leaves[:count], jax.tree.unflatten(structure, leaves[count:])
 
 
 def random_words(key: Array, shape: tuple[int, ...]) -> Array:
