@@ -1,8 +1,8 @@
 """Routed experts and the shared expert: gate and up with SwiGLU in one launch, down with the sums in another.
 
 A routed pair (row, expert) reads its expert's weights by itself; pairs of the same expert meet in the cache. Each dot
-is the one of `linear`, whatever the number of rows. Routed programs wait for the expert's number, then for its weights:
-the shared expert's weights are read meanwhile.
+is the one of `linear`, whatever the number of rows. The shared expert's launches wait for nobody's choice: they run
+beside the router and beside the routed experts, which leave much of the memory's time unused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,26 +20,21 @@ from jax.experimental import pallas as pl
 from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, planes, steps
 from ds4jax.pallas.linear import (
-    ROWS,
     Dots,
     activation_planes,
     form,
-    lane_sums,
     project,
     row_numbers,
     row_planes,
+    row_sums,
     row_tiles,
     tile_rows,
 )
-from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load
+from ds4jax.pallas.ptx import Instructions, f32, i32, launch
 from ds4jax.pallas.quantise import quantise
-from ds4jax.pallas.rows import segments
 from ds4jax.quants import QTensor
 
 Weight = Array | QTensor
-Matrices = tuple[Weight, Weight, Weight]
-"""Gate, up and down of all routed experts, or of the shared one."""
-
 SHARED_ROWS = 4  # rows of a program of the shared gate and up: eight need so many registers that fewer programs fit
 
 
@@ -77,122 +71,86 @@ def _gate_up(
     a: Activation,
     ids: Array,
     weights: Array,
-    experts: Matrices,
-    shared: Matrices,
+    w1: Weight,
+    w3: Weight,
     *,
-    limits: tuple[float, float],
+    limit: float,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """`swiglu(x . w1^T, x . w3^T)` of every pair, times its weight, f32 `[T, K, F]`, and of the shared expert `[T, F]`.
+) -> Array:
+    """`swiglu(x . w1^T, x . w3^T)` of every pair, times its weight, f32 `[T, K, F]`."""
+    (rows, top_k), wide = ids.shape, w1.shape[-2]
+    pair_of = [_Read.of(w, a.q8 is not None) for w in (w1, w3)]
+    tile = math.gcd(*(w.tile for w in pair_of))
 
-    A slice of the grid has the programs of both kinds for the same share of the output rows, the routed ones first:
-    they live longer, and what limits them is not what limits the others.
-    """
-    (rows, top_k), tiles = ids.shape, row_tiles(ids.shape[0], SHARED_ROWS)[1]
-    kinds = [[_Read.of(w, a.q8 is not None) for w in matrices[:2]] for matrices in (experts, shared)]
-    wide = [matrices[0].shape[-2] for matrices in (experts, shared)]
-    tile = [math.gcd(*(w.tile for w in pair)) for pair in kinds]
-    slices = math.gcd(*(n // size for n, size in zip(wide, tile, strict=True)))
-    each = [n // size // slices for n, size in zip(wide, tile, strict=True)]
-    programs = [rows * top_k * each[0], tiles * each[1]]
+    def kernel(ptx: Instructions, live: Any, ids: Any, weights: Any, acts: Any, refs: Any, out: Any) -> None:
+        pair = pl.program_id(0)
+        t, k = pair // top_k, pair % top_k
+        exists, expert, weight = live[t] != 0, ids[t, k], weights[t, k]  # one wait for all of them
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
 
-    def kernel(ptx: Instructions, live: Any, ids: Any, weights: Any, acts: Any, refs: Any, *outs: Any) -> None:
-        column, share = pl.program_id(0), pl.program_id(1)
-
-        def hidden(kind: int, lead: tuple[Any, ...], chosen: list[Any], ms: list[Any]) -> list[list[Array]]:
-            """For each of some activation rows the values of the chosen output rows."""
-            pair = zip(kinds[kind], refs[kind], strict=True)
-            sums = lane_sums([w.dots(ptx, ref, lead, chosen, acts[w.form]) for w, ref in pair], ms)
-            values = [[ptx.tree_sum(x) for x in lanes] for lanes in sums]
-            return [
-                [_swiglu(g, u, limits[kind]) for g, u in zip(row[: tile[kind]], row[tile[kind] :], strict=True)]
-                for row in values
+        @pl.when(exists)
+        def _() -> None:
+            # All loads are on their way before the first wait.
+            terms = [
+                [[read(step)(acts[w.form], t) for step in dots.steps] for read in dots.reads]
+                for w, ref in zip(pair_of, refs, strict=True)
+                for dots in [w.dots(ptx, ref, (expert,), chosen, acts[w.form])]
             ]
+            ptx.fence()
 
-        def place(kind: int, begin: int) -> tuple[Any, list[Any]]:
-            """Which pair or tile of rows a program takes, and its output rows."""
-            number = column - begin
-            part = share * each[kind] + number % each[kind]
-            return number // each[kind], [part * tile[kind] + i for i in range(tile[kind])]
-
-        def routed(begin: int) -> None:
-            pair, chosen = place(0, begin)
-            t, k = pair // top_k, pair % top_k
-            exists, expert, weight = live[t] != 0, ids[t, k], weights[t, k]  # one wait for all of them
-
-            @pl.when(exists)
+            @pl.when(expert >= 0)  # always so
             def _() -> None:
-                (values,) = hidden(0, (expert,), chosen, [t])
-                for row, value in zip(chosen, values, strict=True):
-                    outs[0][t, k, row] = value * weight
-
-        def shared(begin: int) -> None:
-            number, chosen = place(1, begin)
-            ms = row_numbers(number, rows, SHARED_ROWS)
-            for m, values in zip(ms, hidden(1, (), chosen, ms), strict=True):
-                for row, value in zip(chosen, values, strict=True):
-                    outs[1][m, row] = value
-
-        segments(column, list(zip(programs, (routed, shared), strict=True)))
+                gates, ups = (
+                    [ptx.tree_sum(functools.reduce(jnp.add, [finish() for finish in row])) for row in each]
+                    for each in terms
+                )
+                for row, gate, up in zip(chosen, gates, ups, strict=True):
+                    out[t, k, row] = _swiglu(gate, up, limit) * weight
 
     return launch(
         kernel,
-        (
-            jax.ShapeDtypeStruct((rows, top_k, wide[0]), f32),
-            jax.ShapeDtypeStruct((rows, wide[1]), f32),
-        ),
-        (sum(programs), slices),
+        jax.ShapeDtypeStruct((rows, top_k, wide), f32),
+        (rows * top_k, wide // tile),
         live.astype(i32),
         ids,
         weights,
-        activation_planes(live, a, {w.form for pair in kinds for w in pair}, interpret),
-        [[w.arrays for w in pair] for pair in kinds],
+        activation_planes(live, a, {w.form for w in pair_of}, interpret),
+        [w.arrays for w in pair_of],
         name="experts_gate_up",
         warps=1,
         interpret=interpret,
     )
 
 
-def _down(
-    live: Array, hidden: Sequence[Array], ids: Array, w2: Weight, shared_w2: Weight, *, act: str, interpret: bool
-) -> Array:
-    """`sum_k hidden_k . w2_k^T`, the lanes of all k in one running sum, plus the shared expert's product, f32 `[T, D]`.
-
-    With few rows the shared product of a row is part of its programs: the second row finds the weights in the cache.
-    With many it is a launch before, in which a weight's row is read once for eight.
-    """
+def _down(live: Array, hidden: Array, ids: Array, w2: Weight, shared: Array, *, act: str, interpret: bool) -> Array:
+    """`sum_k hidden_k . w2_k^T`, the lanes of all k in one running sum, plus what the shared expert makes, `[T, D]`."""
     (rows, top_k), n = ids.shape, w2.shape[-2]
-    routed, shared = _Read.of(w2, act == "q8"), _Read.of(shared_w2, act == "q8")
-    flat, few = hidden[0].reshape(rows * top_k, -1), rows <= ROWS
-    source: Any
-    if few:
-        acts, shared_acts = row_planes(live, [(flat, routed.form), (hidden[1], shared.form)], interpret)
-        source = shared.arrays, shared_acts
-    else:
-        (acts,) = row_planes(live, [(flat, routed.form)], interpret)
-        a = quantise(live, hidden[1], act=act, interpret=interpret)
-        (source,) = project(live, a, rows, (shared_w2,), lambda m, row, n: m, name="shared_down", interpret=interpret)
+    routed = _Read.of(w2, act == "q8")
+    (acts,) = row_planes(live, [(hidden.reshape(rows * top_k, -1), routed.form)], interpret)
 
-    def kernel(ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, source: Any, out: Any) -> None:
+    def kernel(ptx: Instructions, live: Any, ids: Any, acts: Any, w2: Any, shared: Any, out: Any) -> None:
         t = pl.program_id(0)
         exists, experts = live[t] != 0, [ids[t, k] for k in range(top_k)]
         chosen = [pl.program_id(1) * routed.tile + i for i in range(routed.tile)]
-        if few:  # these loads need not wait for the expert numbers
-            arrays, shared_acts = source
-            (added,) = lane_sums([shared.dots(ptx, arrays, (), chosen, shared_acts)], [t])
-        else:
-            added = [load(source, t, pl.ds(row, 1)) for row in chosen]
+        added = [shared[t, row] for row in chosen]
 
         @pl.when(exists)
         def _() -> None:
-            totals: list[Array] = []
-            for k in range(top_k):
-                dots = routed.dots(ptx, w2, (experts[k],), chosen, acts)
-                for step in dots.steps:  # one running sum over the steps of all k
-                    (fresh,) = lane_sums([dataclasses.replace(dots, steps=[step])], [t * top_k + k])
-                    totals = [a + b for a, b in zip(totals, fresh, strict=True)] if totals else fresh
-            for row, lanes, more in zip(chosen, totals, added, strict=True):
-                out[t, row] = ptx.tree_sum(lanes) + ptx.tree_sum(more)
+            # The steps of all k in order, of each the terms of all output rows: every weight is on its way at once.
+            terms = [
+                (t * top_k + k, [read(step) for read in dots.reads])
+                for k, expert in enumerate(experts)
+                for dots in [routed.dots(ptx, w2, (expert,), chosen, acts)]
+                for step in dots.steps
+            ]
+            ptx.fence()
+
+            @pl.when(experts[0] >= 0)  # always so
+            def _() -> None:
+                steps = [[term(acts, m)() for term in each] for m, each in terms]
+                totals = [functools.reduce(jnp.add, lanes) for lanes in zip(*steps, strict=True)]
+                for row, lanes, more in zip(chosen, totals, added, strict=True):
+                    out[t, row] = ptx.tree_sum(lanes) + more
 
     return launch(
         kernel,
@@ -202,11 +160,41 @@ def _down(
         ids,
         acts,
         routed.arrays,
-        source,
+        shared,
         name="experts_down",
         warps=1,
         interpret=interpret,
     )
+
+
+def _shared(
+    live: Array, a: Activation, w1: Weight, w3: Weight, w2: Weight, *, limit: float, act: str, interpret: bool
+) -> Array:
+    """Kernel of `ops.moe.shared_expert`."""
+    total, wide = live.shape[0], w1.shape[0]
+    pair_of = [_Read.of(w, a.q8 is not None) for w in (w1, w3)]
+    tile = math.gcd(*(w.tile for w in pair_of))
+
+    def kernel(ptx: Instructions, acts: Any, refs: Any, out: Any) -> None:
+        chosen = [pl.program_id(1) * tile + i for i in range(tile)]
+        ms = row_numbers(pl.program_id(0), total, SHARED_ROWS)
+        dots = [w.dots(ptx, ref, (), chosen, acts[w.form]) for w, ref in zip(pair_of, refs, strict=True)]
+        for m, values in zip(ms, row_sums(ptx, dots, ms), strict=True):
+            for row, gate, up in zip(chosen, values[:tile], values[tile:], strict=True):
+                out[m, row] = _swiglu(gate, up, limit)
+
+    hidden = launch(
+        kernel,
+        jax.ShapeDtypeStruct((total, wide), f32),
+        (row_tiles(total, SHARED_ROWS)[1], wide // tile),
+        activation_planes(live, a, {w.form for w in pair_of}, interpret),
+        [w.arrays for w in pair_of],
+        name="shared_gate_up",
+        warps=1,
+        interpret=interpret,
+    )
+    codes = quantise(live, hidden, act=act, interpret=interpret)
+    return project(live, codes, total, (w2,), lambda m, row, n: m, name="shared_down", interpret=interpret)[0]
 
 
 def experts(
@@ -227,6 +215,6 @@ def experts(
     interpret: bool,
 ) -> Array:
     """Kernel of `ops.moe.experts`."""
-    limits, shared = (limit, shared_limit), (shared_w1, shared_w3, shared_w2)
-    hidden = _gate_up(live, a, ids, weights, (w1, w3, w2), shared, limits=limits, interpret=interpret)
-    return _down(live, hidden, ids, w2, shared_w2, act=act, interpret=interpret)
+    shared = _shared(live, a, shared_w1, shared_w3, shared_w2, limit=shared_limit, act=act, interpret=interpret)
+    hidden = _gate_up(live, a, ids, weights, w1, w3, limit=limit, interpret=interpret)
+    return _down(live, hidden, ids, w2, shared, act=act, interpret=interpret)

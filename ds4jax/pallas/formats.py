@@ -20,8 +20,8 @@ from ds4jax.errors import ConfigError
 from ds4jax.pallas.ptx import Instructions, f32, i32, load, next_power
 from ds4jax.quants import QTensor, iq2_xxs_levels
 
-Term = Callable[[Any, Any], Array]
-"""Term of every lane for one activation row: (activation references, row index) -> f32 [lanes].
+Term = Callable[[Any, Any], Callable[[], Array]]
+"""Loads of one activation row, (activation references, row index), and then the term of every lane for it: f32 [lanes].
 
 References named "x" are float activations in the order of the lanes: `ops.linear` defines them as a float dot, so there
 kernel and reference agree within rounding, not bit for bit.
@@ -57,20 +57,29 @@ def _signed_byte(word: Array, byte: int) -> Array:
     return ((word << (24 - 8 * byte)) >> 24).astype(f32)
 
 
-def _group_term(ptx: Instructions, lanes: Lanes, words: list[Array], scale: Array) -> Term:
-    """A lane is a group of 32 values, eight words of signed bytes."""
+def _group_term(ptx: Instructions, lanes: Lanes, decode: Callable[[], tuple[list[Array], Array]]) -> Term:
+    """A lane is a group of 32 values: eight words of signed bytes and a scale, made of what is loaded."""
+    decoded = functools.cache(decode)
 
-    def term(a: Any, m: Any) -> Array:
+    def term(a: Any, m: Any) -> Callable[[], Array]:
         if "x" in a:
-            total = jnp.zeros(lanes.count, f32)
-            for j, word in enumerate(words):
-                for byte in range(4):
-                    total = total + (scale * _signed_byte(word, byte)) * lanes.load(a["x"], m, 4 * j + byte)
-            return total
-        isum = jnp.zeros(lanes.count, i32)
+            return lambda: total_of(a["x"], m)
+        codes, xs = [lanes.load(a["word"], m, j) for j in range(8)], lanes.load(a["scale"], m)
+
+        def finish() -> Array:
+            (words, scale), isum = decoded(), jnp.zeros(lanes.count, i32)
+            for word, code in zip(words, codes, strict=True):
+                isum = ptx.dp4a(word, code, isum)
+            return isum.astype(f32) * (scale * xs)
+
+        return finish
+
+    def total_of(x: Any, m: Any) -> Array:
+        (words, scale), total = decoded(), jnp.zeros(lanes.count, f32)
         for j, word in enumerate(words):
-            isum = ptx.dp4a(word, lanes.load(a["word"], m, j), isum)
-        return isum.astype(f32) * (scale * lanes.load(a["scale"], m))
+            for byte in range(4):
+                total = total + (scale * _signed_byte(word, byte)) * lanes.load(x, m, 4 * j + byte)
+        return total
 
     return term
 
@@ -78,21 +87,30 @@ def _group_term(ptx: Instructions, lanes: Lanes, words: list[Array], scale: Arra
 def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
     """Words of the file."""
     words = [lanes.load(w["word"], *row, j, once=True) for j in range(8)]
-    scale = lanes.load(w["d"], *row, once=True).astype(f32)
-    return _group_term(ptx, lanes, words, scale)
+    scale = lanes.load(w["d"], *row, once=True)
+    return _group_term(ptx, lanes, lambda: (words, scale.astype(f32)))
 
 
 def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
-    """Four grid entries of eight magnitudes, looked up as eight 4-bit codes each."""
+    """Four grid entries of eight magnitudes, looked up as eight 2-bit codes each.
+
+    The more lines of the cache the entries lie in, the longer a look-up takes: the table has four. Nibble n of an entry
+    has codes n and 4 + n.
+    """
     index, sign = lanes.load(w["idx"], *row, once=True), lanes.load(w["sign"], *row, once=True)
-    nibble = (lanes.load(w["scale"], *row, per=8) >> (4 * (lanes.index % 8))) & 15
-    scale = (lanes.load(w["d"], *row, per=8).astype(f32) * (0.5 + nibble.astype(f32))) * 0.25
-    words = []
-    for k in range(4):
-        negative = sign << (2 - k) if k < 3 else sign >> 1
-        code = load(w["table"], (index >> (8 * k)) & 255) ^ (negative & 0x44444444)
-        words += [ptx.permute(0x002B1908, 0x00D5E7F8, code), ptx.permute(0x002B1908, 0x00D5E7F8, code >> 16)]
-    return _group_term(ptx, lanes, words, scale)
+    nibbles, d = lanes.load(w["scale"], *row, per=8), lanes.load(w["d"], *row, per=8)
+
+    def decode() -> tuple[list[Array], Array]:
+        words = []
+        for k in range(4):
+            negative = sign << (2 - k) if k < 3 else sign >> 1
+            entry = load(w["table"], (index >> (8 * k)) & 255).astype(i32)
+            code = ((entry | entry << 14) & 0x33333333) ^ (negative & 0x44444444)
+            words += [ptx.permute(0x002B1908, 0x00D5E7F8, code), ptx.permute(0x002B1908, 0x00D5E7F8, code >> 16)]
+        nibble = (nibbles >> (4 * (lanes.index % 8))) & 15
+        return words, (d.astype(f32) * (0.5 + nibble.astype(f32))) * 0.25
+
+    return _group_term(ptx, lanes, decode)
 
 
 def _byte(word: Array, byte: int, mask: int) -> Array:
@@ -103,25 +121,31 @@ def q2_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
     """A lane is a word of 16 values, four of each quarter of its half, and carries one minimum of its half."""
     word = lanes.load(w["q"], *row, once=True)
     s = lanes.load(w["s"], *row, per=4)
-    d, dmin = (lanes.load(w[name], *row, per=16).astype(f32) for name in ("d", "dmin"))
-    minimum = (s >> (8 * (lanes.index % 4) + 4)) & 15
+    d, dmin = (lanes.load(w[name], *row, per=16) for name in ("d", "dmin"))
 
-    def term(a: Any, m: Any) -> Array:
+    def term(a: Any, m: Any) -> Callable[[], Array]:
         if "x" in a:
-            total = jnp.zeros(lanes.count, f32)
-            for j in range(4):
-                scale, low = ((s >> (8 * j + shift)) & 15 for shift in (0, 4))
-                for byte in range(4):
-                    value = (d * scale.astype(f32)) * _byte(word >> (2 * j), byte, 3) - dmin * low.astype(f32)
-                    total = total + value * lanes.load(a["x"], m, 4 * j + byte)
-            return total
-        isum, zero = jnp.zeros(lanes.count, i32), jnp.zeros(lanes.count, i32)
-        for j in range(4):
-            part = ptx.dp4a((word >> (2 * j)) & 0x03030303, lanes.load(a["word"], m, j), zero)
-            isum = isum + ((s >> (8 * j)) & 15) * part
-        low = minimum * lanes.load(a["sums"], m)
+            return lambda: total_of(a["x"], m)
+        codes, sums = [lanes.load(a["word"], m, j) for j in range(4)], lanes.load(a["sums"], m)
         xs = lanes.load(a["scale"], m, per=16)
-        return (d * xs) * isum.astype(f32) - (dmin * xs) * low.astype(f32)
+
+        def finish() -> Array:
+            isum, zero = jnp.zeros(lanes.count, i32), jnp.zeros(lanes.count, i32)
+            for j, code in enumerate(codes):
+                isum = isum + ((s >> (8 * j)) & 15) * ptx.dp4a((word >> (2 * j)) & 0x03030303, code, zero)
+            low = ((s >> (8 * (lanes.index % 4) + 4)) & 15) * sums
+            return (d.astype(f32) * xs) * isum.astype(f32) - (dmin.astype(f32) * xs) * low.astype(f32)
+
+        return finish
+
+    def total_of(x: Any, m: Any) -> Array:
+        total = jnp.zeros(lanes.count, f32)
+        for j in range(4):
+            scale, low = (((s >> (8 * j + shift)) & 15).astype(f32) for shift in (0, 4))
+            for byte in range(4):
+                value = (d.astype(f32) * scale) * _byte(word >> (2 * j), byte, 3) - dmin.astype(f32) * low
+                total = total + value * lanes.load(x, m, 4 * j + byte)
+        return total
 
     return term
 
@@ -141,35 +165,40 @@ def q4_k(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
 
     place = 16 * block + 8 * (chunk // 2) + lane % 8
 
-    def term(a: Any, m: Any) -> Array:
+    def term(a: Any, m: Any) -> Callable[[], Array]:
         if "x" in a:
-            total = jnp.zeros(lanes.count, f32)
-            for j in range(2):
-                quarter = 2 * (chunk % 2) + j
-                for byte in range(4):
-                    value = (d * scales[j].astype(f32)) * _byte(word >> (4 * j), byte, 15) - dmin * minima[j].astype(
-                        f32
-                    )
-                    total = total + value * load(a["x"], m, 4 * quarter + byte, place, mask=lanes.mask)
-            return total
-        isum, least, zero = (jnp.zeros(lanes.count, i32) for _ in range(3))
-        for j in range(2):
-            quarter = 2 * (chunk % 2) + j
-            x = load(a["word"], m, quarter, place, mask=lanes.mask)
-            isum = isum + scales[j] * ptx.dp4a((word >> (4 * j)) & 0x0F0F0F0F, x, zero)
-            least = least + minima[j] * ptx.dp4a(jnp.full(lanes.count, 0x01010101, i32), x, zero)
+            return lambda: total_of(a["x"], m)
+        codes = [load(a["word"], m, 2 * (chunk % 2) + j, place, mask=lanes.mask) for j in range(2)]
         xs = lanes.load(a["scale"], m, per=32)
-        return (d * xs) * isum.astype(f32) - (dmin * xs) * least.astype(f32)
+
+        def finish() -> Array:
+            isum, least, zero = (jnp.zeros(lanes.count, i32) for _ in range(3))
+            for j, code in enumerate(codes):
+                isum = isum + scales[j] * ptx.dp4a((word >> (4 * j)) & 0x0F0F0F0F, code, zero)
+                least = least + minima[j] * ptx.dp4a(jnp.full(lanes.count, 0x01010101, i32), code, zero)
+            return (d * xs) * isum.astype(f32) - (dmin * xs) * least.astype(f32)
+
+        return finish
+
+    def total_of(x: Any, m: Any) -> Array:
+        total = jnp.zeros(lanes.count, f32)
+        for j in range(2):
+            scale, low, quarter = scales[j].astype(f32), minima[j].astype(f32), 2 * (chunk % 2) + j
+            for byte in range(4):
+                value = (d * scale) * _byte(word >> (4 * j), byte, 15) - dmin * low
+                total = total + value * load(x, m, 4 * quarter + byte, place, mask=lanes.mask)
+        return total
 
     return term
 
 
 def floats(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
     """A lane is one value."""
-    value = lanes.load(w["value"], *row, once=True).astype(f32)
+    value = lanes.load(w["value"], *row, once=True)
 
-    def term(a: Any, m: Any) -> Array:
-        return value * lanes.load(a["x"], m)
+    def term(a: Any, m: Any) -> Callable[[], Array]:
+        x = lanes.load(a["x"], m)
+        return lambda: value.astype(f32) * x
 
     return term
 
@@ -195,9 +224,9 @@ FORMATS = {
 
 @functools.cache
 def _iq2_table() -> np.ndarray:
-    """Grid entry -> eight 4-bit level codes, i32 [256]."""
+    """Grid entry -> eight 2-bit level codes, u16 [256]."""
     levels = (iq2_xxs_levels()[:, None] >> np.arange(0, 16, 2)) & 3
-    return (levels.astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
+    return (levels << np.array([0, 4, 8, 12, 2, 6, 10, 14])).sum(-1).astype(np.uint16)
 
 
 def planes(w: Array | QTensor) -> tuple[str, dict[str, Array]]:

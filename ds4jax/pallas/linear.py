@@ -94,7 +94,7 @@ def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
         for number, lanes in enumerate(weight.steps):
             terms = [read(lanes) for read in weight.reads]
             for m, total in zip(ms, totals, strict=True):
-                fresh = [term(*weight.act(i, m)) for i, term in enumerate(terms)]
+                fresh = [term(*weight.act(i, m))() for i, term in enumerate(terms)]
                 if number:
                     fresh = [a + b for a, b in zip(total[-len(terms) :], fresh, strict=True)]
                     del total[-len(terms) :]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.ptx import i32
@@ -54,8 +54,9 @@ def part_size(width: int, most: int) -> int:
 
 
 def pick(x: Array, place: Any) -> Array:
-    """One element of a tile `[n]` as a scalar."""
-    return jnp.sum(jnp.where(jnp.arange(x.shape[0], dtype=i32) == place, x, 0.0))
+    """One element of a tile `[n]` as a scalar: its bits, since a warp adds integers in one instruction."""
+    bits = lax.bitcast_convert_type(x, i32)
+    return lax.bitcast_convert_type(jnp.sum(jnp.where(jnp.arange(x.shape[0], dtype=i32) == place, bits, 0)), x.dtype)
 
 
 def add_in_tree(parts: list[Array]) -> Array:

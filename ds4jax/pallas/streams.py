@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, store
-from ds4jax.pallas.rows import LANES, ROWS, part_size, when_live
+from ds4jax.pallas.rows import LANES, ROWS, part_size
 
 POST_PART = 128  # features that a program of `hyper_post` returns to the streams
 PART = 1024  # columns of a part
@@ -36,12 +36,12 @@ def collapse(streams: list[Array], weights: list[Array]) -> Array:
 def post_weights(pending: Any, row: Any, k: Any) -> list[Array]:
     """What a sub-layer's output and the old streams count in new stream k."""
     _, post, mixing = pending
-    return [load(post, row, k, early=True), *(load(mixing, row, j, k, early=True) for j in range(mixing.shape[1]))]
+    return [load(post, row, k), *(load(mixing, row, j, k) for j in range(mixing.shape[1]))]
 
 
 def post_inputs(pending: Any, x: Any, row: Any, place: Any) -> list[Array]:
     """A sub-layer's output and the old streams at some features."""
-    return [load(pending[0], row, place, early=True), *(load(x, row, j, place, early=True) for j in range(x.shape[1]))]
+    return [load(pending[0], row, place), *(load(x, row, j, place) for j in range(x.shape[1]))]
 
 
 def hyper_post(live: Array, out: Array, x: Array, post: Array, mixing: Array, *, interpret: bool) -> Array:
@@ -50,12 +50,13 @@ def hyper_post(live: Array, out: Array, x: Array, post: Array, mixing: Array, *,
     size = part_size(depth, POST_PART)
 
     def kernel(ptx: Instructions, live: Any, pending: Any, x: Any, streams: Any) -> None:
-        row, part = pl.program_id(0), pl.program_id(1)
+        row, place = pl.program_id(0), pl.ds(pl.program_id(1) * size, size)
+        exists = live[row] != 0
+        inputs, weights = post_inputs(pending, x, row, place), [post_weights(pending, row, k) for k in range(h)]
+        ptx.fence()
 
-        @when_live(live, row)
+        @pl.when(exists)
         def _() -> None:
-            place = pl.ds(part * size, size)
-            inputs, weights = post_inputs(pending, x, row, place), [post_weights(pending, row, k) for k in range(h)]
             for k, total in enumerate([collapse(inputs, each) for each in weights]):
                 store(streams, total, row, k, place)
 
@@ -103,52 +104,56 @@ def _mix(live: Array, x: Array, pending: Pending, fn: Array, *, interpret: bool)
 
         def read(ref: Any, lead: Any) -> list[Array]:
             if not ragged:
-                return [load(ref, lead, pl.ds(column, share), early=True) for column in columns]
+                return [load(ref, lead, pl.ds(column, share)) for column in columns]
             lane = jnp.arange(share, dtype=i32)
-            return [load(ref, lead, c + lane, mask=mask, early=True) for c, mask in zip(columns, masks, strict=True)]
+            return [load(ref, lead, c + lane, mask=mask) for c, mask in zip(columns, masks, strict=True)]
 
-        def values(row: Any) -> list[Array]:
+        def values(row: Any) -> Callable[[], list[Array]]:
+            """Columns of the new streams; loads at once what the returned function needs."""
             if pending is None:
-                return read(x, row)
+                loaded = read(x, row)
+                return lambda: loaded
             new = [jnp.minimum(column // depth, h - 1) for column in columns[:: same // lanes]]
             weights = [post_weights(pending, row, k) for k in new]
             inputs = [post_inputs(pending, x, row, pl.ds(column % depth, share)) for column in columns]
-            made = [collapse(each, weights[n // (same // lanes)]) for n, each in enumerate(inputs)]
-            return [v if mask is None else jnp.where(mask, v, 0.0) for v, mask in zip(made, masks, strict=True)]
+
+            def made() -> list[Array]:
+                sums = [collapse(each, weights[n // (same // lanes)]) for n, each in enumerate(inputs)]
+                return [v if mask is None else jnp.where(mask, v, 0.0) for v, mask in zip(sums, masks, strict=True)]
+
+            return made
 
         def total(products: list[Array]) -> Array:
             return ptx.tree_sum(functools.reduce(jnp.add, products))
 
-        def for_every_row(body: Callable[[Any], None]) -> None:
-            for m in range(tile):
-                when_live(live, rows_from + m)(functools.partial(body, rows_from + m))
+        def dots(row: Any, factors: list[list[Array]], own: list[Array]) -> None:
+            sums = [total([a * b.astype(f32) for a, b in zip(own, each, strict=True)]) for each in factors]
+            for n, value in enumerate(sums):
+                leaves[row, leaf, first + n] = value
+
+        def squares(row: Any, own: list[Array]) -> None:
+            leaves[row, leaf, outputs] = total([v * v for v in own])
+            for stream in streams:
+                for column, v, mask in zip(columns, own, masks, strict=True):
+                    k = jnp.minimum(column // depth, h - 1)
+                    store(stream, v, row, k, column % depth + jnp.arange(share, dtype=i32), mask=mask)
+
+        def for_every_row(body: Callable[[Any, list[Array]], None]) -> None:
+            if tile > 1:
+                for m in range(tile):
+                    row = rows_from + m
+                    pl.when(live[row] != 0)(functools.partial(lambda row: body(row, values(row)()), row))
+                return
+            exists, own = live[rows_from] != 0, values(rows_from)
+            ptx.fence()
+            pl.when(exists)(lambda: body(rows_from, own()))
 
         @pl.when(first < outputs)
         def _() -> None:
-            def factors() -> list[list[Array]]:
-                return [[v.astype(f32) for v in read(fn, first + n)] for n in range(group)]
+            factors = [read(fn, first + n) for n in range(group)]  # first: they come from farthest away
+            for_every_row(lambda row, own: dots(row, factors, own))
 
-            shared = factors() if tile > 1 else None
-
-            def dots(row: Any) -> None:
-                own = values(row)  # first: what it is made of takes more registers
-                sums = [total([a * b for a, b in zip(own, each, strict=True)]) for each in shared or factors()]
-                for n, value in enumerate(sums):
-                    leaves[row, leaf, first + n] = value
-
-            for_every_row(dots)
-
-        @pl.when(first == outputs)
-        def _() -> None:
-            def squares(row: Any) -> None:
-                own = values(row)
-                leaves[row, leaf, outputs] = total([v * v for v in own])
-                for stream in streams:
-                    for column, v, mask in zip(columns, own, masks, strict=True):
-                        k = jnp.minimum(column // depth, h - 1)
-                        store(stream, v, row, k, column % depth + jnp.arange(share, dtype=i32), mask=mask)
-
-            for_every_row(squares)
+        pl.when(first == outputs)(lambda: for_every_row(squares))
 
     shapes = [(rows, parts * shares, outputs + 1), *([x.shape] if pending is not None else [])]
     return tuple(
