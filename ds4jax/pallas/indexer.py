@@ -91,11 +91,11 @@ def _reaching(key: Array, threshold: Any) -> Array:
 
 
 def _range(key: Array, total: Array, top_k: int) -> tuple[Array, Array, Array, Array]:
-    """Where to search for the `top_k`-th of `total` keys, the highest of which is `HIGHEST`; others may be `LOWEST`.
+    """Where to search for the `top_k`-th of `total` keys, of which the highest is `HIGHEST`; others are `LOWEST`.
 
     Returns:
-        Keys >= -1 in the same order, but that those out of the range are one; the first key of the range; how many
-        reach it, at least `top_k` if so many exist; and the bit that halves it.
+        Keys in the same order as far as they are in the range, -1 below it; its first key, 0 or more; how many reach
+        it, at least `top_k` if there are so many; and the bit that halves it.
     """
     upper = jnp.maximum(key, -1)
     found = _reaching(upper, HIGHEST - NEAR + 1)
@@ -165,17 +165,17 @@ def _select(
         _, low, count = lax.while_loop(undecided, bisect, (bit, low, count))
 
         def first_of_equal() -> Array:
-            above, equal = valid & (key > low), valid & (key == low)
+            above, equal = key > low, key == low
             wanted = top_k - jnp.sum(above.astype(i32))
             return (above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))).astype(i32)
 
-        chosen = lax.cond(count > top_k, first_of_equal, lambda: (valid & (key >= low)).astype(i32))
+        chosen = lax.cond(count > top_k, first_of_equal, lambda: (key >= low).astype(i32))
         rank = jnp.cumsum(chosen) - 1
         # The others behind them: the interpreter writes every place, where masked what it holds.
         slot = jnp.where(chosen != 0, rank, top_k + jnp.arange(size, dtype=i32) - rank)
-        store(best, index, row, part * top_k + slot, mask=chosen != 0)
+        store(best, index, row, part * top_k + slot, mask=slot < top_k)
         if best_scores is not None:
-            store(best_scores, score, row, part * top_k + slot, mask=chosen != 0)
+            store(best_scores, score, row, part * top_k + slot, mask=slot < top_k)
 
 
 def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:
