@@ -33,7 +33,7 @@ def test_kernels_and_decode_step(tmp_path):
     """At the full model's shapes; the step reads and writes its donated cache in place, in one graph of kernels."""
     names = [
         "compressor index",
-        "wq_b",
+        "wq_b+index",
         "wo_a",
         "head",
         "experts",

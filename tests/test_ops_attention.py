@@ -147,10 +147,12 @@ def test_all_scores_zero_take_the_first_rows():
 
 
 def test_only_visible_rows_are_chosen():
-    """Invisible rows would score best; unused places hold the number of rows."""
+    """Invisible rows would score best; unused places hold the number of rows. Where all are chosen, no query is asked
+    for."""
     n = 2 * ops.BLOCK
     rows = np.arange(n)[:, None] * np.ones(8)
-    got = index(np.ones((4, 1, 8)), np.ones((4, 1)), rows, [0, 2, 5, 70], top_k=5)
+    q = np.array([np.nan, np.nan, -np.inf, 1])[:, None, None] * np.ones(8)
+    got = index(q, np.ones((4, 1)), rows, [0, 2, 5, 70], top_k=5)
     want = [[n] * 5, [0, 1, n, n, n], [0, 1, 2, 3, 4], [65, 66, 67, 68, 69]]
     np.testing.assert_array_equal(got, want)
 

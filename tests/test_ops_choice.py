@@ -43,12 +43,12 @@ def test_auto_leaves_other_formats_to_the_reference(monkeypatch):
 def test_a_demand_that_cannot_be_met_is_an_error():
     a = quantise(jnp.ones((1, 256)), act="q8")
     with pytest.raises(ConfigError, match="no kernel reads Q6_K weights"):
-        ops.call("linear", demanding("interpret"), Live.all(1), (a,), (OTHER,), precision="highest")
+        ops.call("linear", demanding("interpret"), Live.all(1), (a, ()), (OTHER,), precision="highest")
 
 
 def test_interpret_runs_the_kernel():
     a = quantise(jnp.arange(32, dtype=jnp.float32)[None], act="q8")
-    args = (Live.all(1), (a,), (READABLE,))
+    args = (Live.all(1), (a, ()), (READABLE,))
     got, want = (ops.call("linear", demanding(i), *args, precision="highest") for i in ("interpret", "xla"))
     assert jnp.array_equal(got[0], want[0])
     text = jax.jit(lambda *args: ops.call("linear", demanding("interpret"), *args, precision="highest")).trace(*args)

@@ -29,7 +29,7 @@ ordered_sum, embed = jax.jit(sums.ordered_sum), jax.jit(ops.embed)
 
 @functools.partial(jax.jit, static_argnames=("act", "precision"))
 def linear(x, w, act, precision):
-    return ops.linear(quantise.quantise(x, act=act), w, precision=precision)[0]
+    return ops.linear(quantise.quantise(x, act=act), (), w, precision=precision)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("act", "precision"))

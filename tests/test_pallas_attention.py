@@ -189,13 +189,14 @@ def test_compressed_rows(ratio, width, simulate, dtype):
 
 @pytest.mark.parametrize("simulate, dtype", [(True, np.float16), (False, np.float16), (False, np.float32)])
 def test_selection(simulate, dtype):
-    """Fewer rows than wanted, none, one more, many more; every score twice, so that the lower row has to win."""
+    """Fewer rows than wanted, none, one more, many more; every score twice, so that the lower row has to win. Where all
+    are chosen, no query is asked for."""
     rng = np.random.default_rng(6)
     heads, width, n = 6, 32, 192
     grid = jax.jit(lambda x: simulate_ops.fp4_round_trip(x))
     rows = np.array(grid(draw(rng, 2, n, width)))
     rows[:, 1::2] = rows[:, ::2]
-    q, weights, angle = draw(rng, 4, heads, width), draw(rng, 4, heads), draw(rng, 4, 4) * 3
+    q, weights, angle = draw(rng, 4, heads, width).at[0].set(jnp.nan), draw(rng, 4, heads), draw(rng, 4, 4) * 3
     visible = jnp.array([5, 150, 10**7, 22], jnp.int32)
     args = (q, jnp.cos(angle), jnp.sin(angle), weights, SEQUENCE)
     stored = jnp.asarray(rows.astype(dtype))
@@ -209,15 +210,19 @@ def test_selection(simulate, dtype):
         np.testing.assert_array_equal(none[LIVE], n)
 
 
-@pytest.mark.parametrize("distinct, top_k", [(1, 20), (40, 20), (10**6, 20), (40, 60)])
-def test_tournament_of_scores(distinct, top_k, monkeypatch):
+@pytest.mark.parametrize("distinct, top_k, wide", [(1, 20, False), (40, 20, True), (10**6, 20, False), (40, 60, True)])
+def test_tournament_of_scores(distinct, top_k, wide, monkeypatch):
     """Several levels; few distinct scores, of both signs and zeros of both, against a stable sort; lists that fill a
-    chunk."""
+    chunk; scores many powers of two apart, in one row with fewer positive ones than wanted."""
     monkeypatch.setattr(indexer_kernels, "CHUNK", 64)
     rng = np.random.default_rng(distinct)
     n, visible = 1000, np.array([1000, 20, 4, 777])
     scores = (rng.integers(0, distinct, (4, n)) - distinct // 2).astype(np.float32) * np.float32(1e-3)
     scores = np.where(rng.random((4, n)) < 0.5, -scores, scores)
+    if wide:
+        scores *= np.float32(2) ** rng.integers(-90, 90, (4, n))
+        scores[3] = np.where(rng.random(n) < 0.5, np.nextafter(np.float32(-4), 0), -4 - np.abs(scores[3]))
+        scores[3, 760:769] = np.linspace(0, 1, 9)  # the key of 1 is 2^31 above that of the number after -4
     run = jax.jit(functools.partial(indexer_kernels.select, top_k=top_k, interpret=True))
     got = np.asarray(run(LIVE.astype(jnp.int32), jnp.asarray(visible, jnp.int32), jnp.asarray(scores)))
     for row in (0, 1, 3):

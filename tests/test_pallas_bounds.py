@@ -53,7 +53,7 @@ def glue(case):
 
 def projected(width, format):
     key = jax.random.key(0)
-    return "linear", lambda t: ((activation(key, t, width),), (quantised(key, format, 3, width),), {})
+    return "linear", lambda t: ((activation(key, t, width), ()), (quantised(key, format, 3, width),), {})
 
 
 def projected_and_stored(count):

@@ -110,8 +110,8 @@ def test_linear_equals_reference_and_numpy(name):
     raw = random_blocks(name, 6, width // (32 if name == "Q8_0" else 256), seed=3)
     weight, x = packed(name, raw, (6, width)), rows(2, width, seed=4)
     a = jax.jit(functools.partial(quantise, act="q8"))(x)
-    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, weight)[0]
-    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, weight)[0]
+    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, (), weight)[0]
+    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, (), weight)[0]
     assert_equal(got, want)
     assert_equal(got, quantised_dot_numpy(name, np.asarray(x), raw))
 
@@ -141,6 +141,17 @@ def test_several_weights_in_one_launch_and_more_rows_than_a_program():
         assert [np.nonzero(places)[0].tolist() for places in changed] == [[0, 1, 2, 4, 5], [0, 3, 4, 6]]
 
 
+def test_wanted_products():
+    """Nine rows are two programs of five. The first weight's products of one of them are wanted, so they are computed
+    beside their program's, and the others, which the interpreter fills with NaN, are left alone."""
+    a, ws = quantise(rows(9, 64), act="q8"), (stored("Q8_0", 1, 64), stored("Q8_0", 1, 64, seed=1))
+    run = jax.jit(functools.partial(kernels.linear, interpret=True))
+    got = run(everyone(9), a, (jnp.arange(9) == 7,), *ws)
+    want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, (), *ws)
+    assert_equal((got[0][5:], got[1]), (want[0][5:], want[1]))
+    assert np.isnan(got[0][:5]).all()
+
+
 def test_grouped_linear():
     weight, x = stored("Q8_0", 2 * 3, 96, seed=5), rows(2 * 2, 96).reshape(2, 2, 96)
     a = quantise(x, act="q8")
@@ -152,7 +163,7 @@ def test_grouped_linear():
 def test_float_activations(name):
     weight, x = stored(name, 4, 512, seed=6), rows(2, 512)
     a = Activation(x, None)
-    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, weight)[0]
+    got = jax.jit(functools.partial(kernels.linear, interpret=True))(everyone(2), a, (), weight)[0]
     want = np.asarray(x, np.float64) @ np.asarray(reference.dense(weight), np.float64).T
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(reference.dense(weight), np.float64)).T
     # 512 products, each rounded once, and as many sums: far below the worst case of 512 units in the last place.
@@ -162,7 +173,7 @@ def test_float_activations(name):
 def test_a_format_without_a_kernel_is_an_error():
     weight = QTensor({"raw": jnp.zeros((2, 1, 210), jnp.uint8)}, "Q6_K", (2, 256))
     with pytest.raises(ConfigError, match="no kernel reads Q6_K weights"):
-        KERNELS["linear"](everyone(1), quantise(rows(1, 256), act="q8"), weight, interpret=True)
+        KERNELS["linear"](everyone(1), quantise(rows(1, 256), act="q8"), (), weight, interpret=True)
 
 
 # ------------------------------------------------------------------------------------------------------ experts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from ds4jax.activation import Activation
@@ -29,9 +31,11 @@ def _weights(key: Array, *weights: tuple[str, int, int]) -> tuple[Any, ...]:
     )
 
 
-def _projection(*weights: tuple[str, int, int]) -> Case:
+def _projection(*weights: tuple[str, int, int], wanted: Callable[[int], Array] | None = None) -> Case:
+    """`wanted`: of so many rows, those for which the product with the first weight is wanted."""
+
     def rows(key: Array, t: int) -> tuple[Any, ...]:
-        return (activation(key, t, weights[0][2]),)
+        return activation(key, t, weights[0][2]), () if wanted is None else (wanted(t),)
 
     return Case("linear", {"precision": "highest"}, rows, lambda key: _weights(key, *weights))
 
@@ -73,6 +77,7 @@ def _moe(*formats: str) -> Case:
 PROJECTIONS: dict[str, Case] = {
     "wq_a+wkv": _projection(("Q8_0", 1024, D), ("Q8_0", 512, D)),
     "wq_b": _projection(("Q8_0", 32768, 1024)),
+    "wq_b+index": _projection(("Q8_0", 8192, 1024), ("Q8_0", 32768, 1024), wanted=lambda t: jnp.ones(t, bool)),
     "wo_a": Case(
         "grouped_linear",
         {"precision": "highest"},

@@ -99,12 +99,23 @@ class Indexer(Layer):
         simulate = "index" if self.numerics.sim_index else "none"
         self.compressor = Compressor(c, self.numerics, CSA_RATIO, c.index_head_dim, simulate)
 
+    def asked(self, rows: Rows) -> Bool[Array, " T"]:
+        """Rows that see more compressed rows than are chosen: only their queries matter."""
+        return rows.visible(CSA_RATIO) > self.config.index_topk
+
     def __call__(
-        self, a: Activation, latent: Activation, rows: Rows, cache: CompressorCache, table: Table, frequencies: Array
+        self,
+        a: Activation,
+        q: Float[Array, "T Nd"],
+        rows: Rows,
+        cache: CompressorCache,
+        table: Table,
+        frequencies: Array,
     ) -> tuple[Int[Array, "T k"], CompressorCache]:
+        """`q` are products of `wq_b`, for the rows that are `asked` for them."""
         c = self.config
         (weights,), cache = self.compressor(a, rows, cache, frequencies, self.w)
-        q = self.linear(latent, self.wq_b, rows.live).reshape(-1, c.index_n_heads, c.index_head_dim)
+        q = q.reshape(-1, c.index_n_heads, c.index_head_dim)
         ids = self.op(
             "indexer",
             rows.live,
@@ -171,17 +182,20 @@ class Attention(Layer):
             self.indexer = Indexer(c, self.numerics)
 
     def project(
-        self, a: Activation, live: Live, table: Table
-    ) -> tuple[Activation, Float[Array, "T N d"], Float[Array, "T d"]]:
-        """The normed query latent, which the indexer shares, the finished queries, and the raw rows to finish.
+        self, a: Activation, live: Live, table: Table, others: tuple[Any, ...] = (), wanted: tuple[Array, ...] = ()
+    ) -> tuple[Activation, Float[Array, "T N d"], Float[Array, "T d"], list[Float[Array, "T _"]]]:
+        """The normed query latent, the finished queries, the raw rows to finish, and products of the latent.
 
-        Compressor and indexer have launches of their own: on a GPU they run beside this, which is longer.
+        `others` are weights that read the latent too, `wanted` their masks of rows (`ops.linear.linear`). They share
+        the queries' launch, and come first, because more waits for them. Compressors have launches of their own: on a
+        GPU they run beside this, which is longer.
         """
         c = self.config
         low, kv = self.linears(a, (self.wq_a, self.wkv), live)
         latent = self.normed(low, self.q_norm, live)
-        q = self.linear(latent, self.wq_b, live).reshape(-1, c.num_attention_heads, c.head_dim)
-        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), kv
+        *products, q = self.linears(latent, (*others, self.wq_b), live, wanted)
+        q = q.reshape(-1, c.num_attention_heads, c.head_dim)
+        return latent, self.op("q_norm_rope", live, (q, *table), eps=c.rms_norm_eps), kv, products
 
     def keys(self, kv: Float[Array, "T d"], rows: Rows, cache: LayerCache, table: Table) -> LayerCache:
         """Finishes projected raw rows and stores them."""
@@ -209,7 +223,9 @@ class Attention(Layer):
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """`first` is the lowest position that holds a raw row: 1 for the MTP block, whose rows need a predecessor."""
         c = self.config
-        latent, q, kv = self.project(a, rows.live, table)
+        csa = self.ratio == CSA_RATIO
+        index = ((self.indexer.wq_b,), (self.indexer.asked(rows),)) if csa else ()
+        _, q, kv, products = self.project(a, rows.live, table, *index)
         cache = self.keys(kv, rows, cache, table)
         ids, visible, compressed = None, None, None
         if self.ratio:
@@ -217,10 +233,10 @@ class Attention(Layer):
             _, state = self.compressor(a, rows, cache.compressor, frequencies)
             cache, compressed = dataclasses.replace(cache, compressor=state), state.rows
             visible = rows.visible(self.ratio)
-        if self.ratio == CSA_RATIO:
+        if csa:
             assert cache.indexer is not None, "a CSA layer needs an indexer cache"
-            ids, index = self.indexer(a, latent, rows, cache.indexer, table, frequencies)
-            cache, visible = dataclasses.replace(cache, indexer=index), None
+            ids, state = self.indexer(a, products[0], rows, cache.indexer, table, frequencies)
+            cache, visible = dataclasses.replace(cache, indexer=state), None
         heads = self.op(
             "attention",
             rows.live,
@@ -240,7 +256,7 @@ class Attention(Layer):
         """Whole sequences; `earlier` replaces the raw rows of earlier positions (chained drafts)."""
         c, (batch, s, _) = self.config, x.shape
         live = Live.all(batch * s)
-        latent, q, kv = self.project(self.quantised(x.reshape(batch * s, -1), live), live, table)
+        latent, q, kv, _ = self.project(self.quantised(x.reshape(batch * s, -1), live), live, table)
         kv = kv_norm_rope(kv, *table, self.kv_norm, eps=c.rms_norm_eps, simulate=self.numerics.sim_kv)
         kv = kv.reshape(batch, s, -1)
         compressed, selected = jnp.zeros((batch, 0, c.head_dim)), jnp.zeros((batch, s, 0), bool)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ds4jax import ops
 from ds4jax.activation import Activation
@@ -47,9 +47,11 @@ class Layer(nn.Module):
         """One projection."""
         return self.linears(a, (w,), live)[0]
 
-    def linears(self, a: Activation, ws: tuple[Any, ...], live: Live) -> tuple[Float[Array, "T N"], ...]:
-        """Projections of the same rows."""
-        return self.op("linear", live, (a,), ws, precision=self.numerics.precision)
+    def linears(
+        self, a: Activation, ws: tuple[Any, ...], live: Live, wanted: tuple[Bool[Array, " T"], ...] = ()
+    ) -> tuple[Float[Array, "T N"], ...]:
+        """Projections of the same rows; `wanted` as in `ops.linear.linear`."""
+        return self.op("linear", live, (a, wanted), ws, precision=self.numerics.precision)
 
     def normed(self, x: Float[Array, "T D"], weight: Float[Array, " D"], live: Live) -> Activation:
         """Weighted RMS norm, ready for projections."""

@@ -48,8 +48,9 @@ def indexer(
 ) -> Int[Array, "T k"]:
     """The `k = min(top_k, n)` best of the first `visible` compressed rows, in ascending order.
 
-    Equal scores: the lower index wins. Unused places hold `n`. Scores are computed in blocks up to the last visible
-    row, so the cost follows the length and not the capacity n, a multiple of `BLOCK`.
+    Equal scores: the lower index wins. Unused places hold `n`. Where no more than `top_k` are visible, all are chosen,
+    whatever the queries hold. Scores are computed in blocks up to the last visible row, so the cost follows the length
+    and not the capacity n, a multiple of `BLOCK`.
     """
     total, n = q.shape[0], rows.shape[1]
     q = index_query(q, cos, sin, simulate=simulate)
@@ -60,7 +61,8 @@ def indexer(
         keys = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, 1)[sequence].astype(jnp.float32)
         index = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
         fresh = index_scores(q, weights, keys, precision)
-        fresh = jnp.where(fresh == 0, 0.0, fresh)  # of either sign: they are equal
+        # Zeros of either sign are equal.
+        fresh = jnp.where((fresh == 0) | (visible <= top_k)[:, None], 0.0, fresh)
         fresh = jnp.where(index < visible[:, None], fresh, -jnp.inf)
         return lax.dynamic_update_slice_in_dim(scores, fresh, block * BLOCK, 1)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.activation import Q8, Q8K, Activation
 from ds4jax.ops.quantise import act_q8k, word_codes
@@ -96,8 +96,13 @@ def matvec(a: Activation, w: Weight, *, precision: str) -> Float[Array, "T *lead
     return float_dot(a.x, w, precision) if parts is None else ordered_sum(parts)
 
 
-def linear(a: Activation, *ws: Weight, precision: str) -> tuple[Float[Array, "T N"], ...]:
-    """Projections of the same rows, each `w [N, K]`."""
+def linear(
+    a: Activation, wanted: tuple[Bool[Array, " T"], ...], *ws: Weight, precision: str
+) -> tuple[Float[Array, "T N"], ...]:
+    """Projections of the same rows, each `w [N, K]`.
+
+    `wanted` holds, for the first weights, the rows for which their products are wanted; the others are unspecified.
+    """
     return tuple(matvec(a, w, precision=precision) for w in ws)
 
 

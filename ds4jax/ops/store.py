@@ -57,7 +57,7 @@ def linear_store(
     which holds the results at `[sequence, place]`."""
 
     def project(a: Activation) -> tuple[Array, ...]:
-        return linear(a, *returned, *stored, precision=precision)
+        return linear(a, (), *returned, *stored, precision=precision)
 
     results = each(project, a)
     fresh = zip(results[len(returned) :], rings, strict=True)

@@ -16,7 +16,8 @@ from ds4jax.pallas.rope import angles, partner_of, turn
 
 KEYS = 128  # rows that a program scores
 CHUNK = 4096  # candidates of which a program selects the best, unless they are fewer than two lists
-LOWEST = -(2**31)  # below the key of every score
+LOWEST, HIGHEST = -(2**31), 2**31 - 1  # keys of scores are above the first
+NEAR = 2**25  # keys of positive scores within a factor of 16: mostly the best are so near the highest
 
 
 def _query(
@@ -81,6 +82,35 @@ def _scores(
         store(out, ptx.tree_sum(weight[None] * jnp.maximum(dots, 0.0)), row, at, mask=at < rows.shape[1])
 
 
+def _reaching(key: Array, threshold: Any) -> Array:
+    """The number of keys >= -1 that are not below a threshold > 0.
+
+    By the signs of differences, an instruction to subtract and one to shift and add; a comparison takes three, in turn.
+    """
+    return -jnp.sum((threshold - 1 - key) >> 31)
+
+
+def _range(key: Array, total: Array, top_k: int) -> tuple[Array, Array, Array, Array]:
+    """Where to search for the `top_k`-th of `total` keys, of which the highest is `HIGHEST`; others are `LOWEST`.
+
+    Returns:
+        Keys in the same order as far as they are in the range, -1 below it; its first key, 0 or more; how many reach
+        it, at least `top_k` if there are so many; and the bit that halves it.
+    """
+    upper = jnp.maximum(key, -1)
+    found = _reaching(upper, HIGHEST - NEAR + 1)
+    near = found >= top_k
+
+    def anywhere() -> tuple[Array, Array]:
+        positive, lower = jnp.sum((key >= 0).astype(i32)), jnp.where(key < 0, (key & HIGHEST) - 1, HIGHEST)
+        enough = positive >= top_k
+        return jnp.where(enough, upper, lower), jnp.where(enough, positive, total)
+
+    key, count = lax.cond(near, lambda: (upper, found), anywhere)
+    near = near.astype(i32)  # Triton does not take a choice between two constants
+    return key, near * (HIGHEST - NEAR + 1), count, near * (NEAR.bit_length() - 2) + (1 - near) * 30
+
+
 def _select(
     ptx: Instructions,
     live: Any,
@@ -107,8 +137,8 @@ def _select(
     score = load(scores, row, at, mask=inside)
     index = at if ids is None else load(ids, row, at, mask=inside)
     ptx.fence()
-    for _level in range(level):
-        length = (length + chunk - 1) // chunk * top_k
+    for _level in range(level):  # the best of a chunk fill a list, but for those of the last chunk
+        length = length // chunk * top_k + jnp.minimum(length % chunk, top_k)
 
     @pl.when((exists != 0) & (part == 0) & (length <= top_k))
     def _() -> None:
@@ -116,38 +146,36 @@ def _select(
 
     @pl.when((exists != 0) & (part * chunk < length) & (length > top_k))
     def _() -> None:
-        valid = at < length if ids is None else (at < length) & (index < empty)
+        valid = at < length
         bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
-        key = jnp.where(valid, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+        key = jnp.where(valid, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
+        key = jnp.where(valid, key + (HIGHEST - jnp.max(key)), LOWEST)  # distances stay
+        key, low, count, bit = _range(key, jnp.minimum(length - part * chunk, size), top_k)
 
         def bisect(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             bit, low, count = state
             candidate = low + (jnp.int32(1) << bit)
-            found = jnp.sum((key >= candidate).astype(i32))
+            found = _reaching(key, candidate)
             enough = found >= top_k
             return bit - 1, jnp.where(enough, candidate, low), jnp.where(enough, found, count)
 
         def undecided(state: tuple[Array, Array, Array]) -> Array:
             return (state[0] >= 0) & (state[2] > top_k)
 
-        start = (jnp.int32(31), jnp.int32(LOWEST), jnp.sum(valid.astype(i32)))
-        _, low, count = lax.while_loop(undecided, bisect, start)
-        slots = jnp.arange(next_power(top_k), dtype=i32)
-        unused = (slots >= count) & (slots < top_k)
-        store(best, jnp.full(slots.shape, empty, i32), row, part * top_k + slots, mask=unused)
+        _, low, count = lax.while_loop(undecided, bisect, (bit, low, count))
 
         def first_of_equal() -> Array:
-            above, equal = valid & (key > low), valid & (key == low)
+            above, equal = key > low, key == low
             wanted = top_k - jnp.sum(above.astype(i32))
             return (above | (equal & (jnp.cumsum(equal.astype(i32)) <= wanted))).astype(i32)
 
-        chosen = lax.cond(count > top_k, first_of_equal, lambda: (valid & (key >= low)).astype(i32))
+        chosen = lax.cond(count > top_k, first_of_equal, lambda: (key >= low).astype(i32))
         rank = jnp.cumsum(chosen) - 1
         # The others behind them: the interpreter writes every place, where masked what it holds.
         slot = jnp.where(chosen != 0, rank, top_k + jnp.arange(size, dtype=i32) - rank)
-        store(best, index, row, part * top_k + slot, mask=chosen != 0)
+        store(best, index, row, part * top_k + slot, mask=slot < top_k)
         if best_scores is not None:
-            store(best_scores, score, row, part * top_k + slot, mask=chosen != 0)
+            store(best_scores, score, row, part * top_k + slot, mask=slot < top_k)
 
 
 def select(live: Array, visible: Array, scores: Array, *, top_k: int, interpret: bool) -> Array:

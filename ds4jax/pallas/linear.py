@@ -122,6 +122,7 @@ def project(
     interpret: bool,
     where: tuple[Array, Array, Array] | None = None,
     rings: Sequence[Array] = (),
+    wanted: Sequence[Array] = (),
 ) -> tuple[Array, ...]:
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
@@ -131,6 +132,8 @@ def project(
         act_row: (output row, weight row, N) -> activation row.
         where: which output rows exist (i32), their sequence, and their place in the rings.
         rings: take the products of the last weights, in their memory.
+        wanted: for the first weights, output rows whose products are wanted (bool `[total]`). Programs that share none
+            of them end there; those of the other weights do not wait for this.
     """
     tiles = row_tiles(total)[1]
     read = [planes(w) for w in ws]
@@ -139,10 +142,10 @@ def project(
     programs = [n // tile for n, tile in sizes]
     returned = len(ws) - len(rings)
 
-    def kernel(ptx: Instructions, rings: Any, where: Any, acts: Any, weights: Any, *outs: Any) -> None:
+    def kernel(ptx: Instructions, rings: Any, where: Any, wanted: Any, acts: Any, weights: Any, *outs: Any) -> None:
         column, ms = pl.program_id(1), row_numbers(pl.program_id(0), total)
 
-        def segment(index: int, begin: int) -> None:
+        def products(index: int, begin: int) -> None:
             (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
             act, out = acts[forms[index]], outs[index]
             targets = [(None, (m,)) if index < returned else ring_place(where, m) for m in ms]
@@ -154,6 +157,13 @@ def project(
                 for row, value in zip(chosen, values, strict=True):
                     store(out, value.astype(out.dtype), *target, row, mask=exists)
 
+        def segment(index: int, begin: int) -> None:
+            if index < len(wanted):
+                some = functools.reduce(jnp.maximum, [wanted[index][m] for m in ms]) != 0
+                pl.when(some)(functools.partial(products, index, begin))
+            else:
+                products(index, begin)
+
         segments(column, [(count, functools.partial(segment, index)) for index, count in enumerate(programs)])
 
     shapes = [jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes[:returned]]
@@ -163,6 +173,7 @@ def project(
         (tiles, sum(programs)),
         tuple(rings),
         where,
+        [rows.astype(i32) for rows in wanted],
         activation_planes(live, a, set(forms), interpret),
         [arrays for _, arrays in read],
         name=name,
@@ -172,9 +183,11 @@ def project(
     )
 
 
-def linear(live: Array, a: Activation, *ws: Array | QTensor, interpret: bool) -> tuple[Array, ...]:
+def linear(
+    live: Array, a: Activation, wanted: tuple[Array, ...], *ws: Array | QTensor, interpret: bool
+) -> tuple[Array, ...]:
     """Kernel of `ops.linear.linear`."""
-    return project(live, a, live.shape[0], ws, lambda m, row, n: m, name="linear", interpret=interpret)
+    return project(live, a, live.shape[0], ws, lambda m, row, n: m, name="linear", interpret=interpret, wanted=wanted)
 
 
 def linear_store(
