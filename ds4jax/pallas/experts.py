@@ -26,9 +26,9 @@ from ds4jax.pallas.linear import (
     project,
     row_numbers,
     row_planes,
-    row_sums,
     row_tiles,
     tile_rows,
+    with_sums,
 )
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch
 from ds4jax.pallas.quantise import quantise
@@ -175,18 +175,23 @@ def _shared(
     pair_of = [_Read.of(w, a.q8 is not None) for w in (w1, w3)]
     tile = math.gcd(*(w.tile for w in pair_of))
 
-    def kernel(ptx: Instructions, acts: Any, refs: Any, out: Any) -> None:
+    def kernel(ptx: Instructions, live: Any, acts: Any, refs: Any, out: Any) -> None:
         chosen = [pl.program_id(1) * tile + i for i in range(tile)]
         ms = row_numbers(pl.program_id(0), total, SHARED_ROWS)
         dots = [w.dots(ptx, ref, (), chosen, acts[w.form]) for w, ref in zip(pair_of, refs, strict=True)]
-        for m, values in zip(ms, row_sums(ptx, dots, ms), strict=True):
-            for row, gate, up in zip(chosen, values[:tile], values[tile:], strict=True):
-                out[m, row] = _swiglu(gate, up, limit)
+
+        def write(sums: list[list[Array]]) -> None:
+            for m, values in zip(ms, sums, strict=True):
+                for row, gate, up in zip(chosen, values[:tile], values[tile:], strict=True):
+                    out[m, row] = _swiglu(gate, up, limit)
+
+        with_sums(ptx, live, dots, ms, write)
 
     hidden = launch(
         kernel,
         jax.ShapeDtypeStruct((total, wide), f32),
         (row_tiles(total, SHARED_ROWS)[1], wide // tile),
+        live.astype(i32),
         activation_planes(live, a, {w.form for w in pair_of}, interpret),
         [w.arrays for w in pair_of],
         name="shared_gate_up",

@@ -92,11 +92,7 @@ def q8_0(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lane
 
 
 def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: Lanes) -> Term:
-    """Four grid entries of eight magnitudes, looked up as eight 2-bit codes each.
-
-    The more lines of the cache the entries lie in, the longer a look-up takes: the table has four. Nibble n of an entry
-    has codes n and 4 + n.
-    """
+    """Four grid entries of eight magnitudes, looked up as eight 4-bit codes each."""
     index, sign = lanes.load(w["idx"], *row, once=True), lanes.load(w["sign"], *row, once=True)
     nibbles, d = lanes.load(w["scale"], *row, per=8), lanes.load(w["d"], *row, per=8)
 
@@ -104,8 +100,7 @@ def iq2_xxs(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: L
         words = []
         for k in range(4):
             negative = sign << (2 - k) if k < 3 else sign >> 1
-            entry = load(w["table"], (index >> (8 * k)) & 255).astype(i32)
-            code = ((entry | entry << 14) & 0x33333333) ^ (negative & 0x44444444)
+            code = load(w["table"], (index >> (8 * k)) & 255) ^ (negative & 0x44444444)
             words += [ptx.permute(0x002B1908, 0x00D5E7F8, code), ptx.permute(0x002B1908, 0x00D5E7F8, code >> 16)]
         nibble = (nibbles >> (4 * (lanes.index % 8))) & 15
         return words, (d.astype(f32) * (0.5 + nibble.astype(f32))) * 0.25
@@ -224,9 +219,9 @@ FORMATS = {
 
 @functools.cache
 def _iq2_table() -> np.ndarray:
-    """Grid entry -> eight 2-bit level codes, u16 [256]."""
+    """Grid entry -> eight 4-bit level codes, i32 [256]."""
     levels = (iq2_xxs_levels()[:, None] >> np.arange(0, 16, 2)) & 3
-    return (levels << np.array([0, 4, 8, 12, 2, 6, 10, 14])).sum(-1).astype(np.uint16)
+    return (levels.astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
 
 
 def planes(w: Array | QTensor) -> tuple[str, dict[str, Array]]:

@@ -17,10 +17,11 @@ from ds4jax.activation import Activation
 from ds4jax.pallas.formats import FORMATS, Lanes, Term, planes, steps
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, store
 from ds4jax.pallas.quantise import act_codes
-from ds4jax.pallas.rows import ring_place, segments
+from ds4jax.pallas.rows import LANES, ring_place, segments
 from ds4jax.quants import QTensor
 
 ROWS = 8  # activation rows of a program
+HELD = 4  # rows of weights and activations, of 128 terms each, that a program has registers for
 
 
 def tile_rows(format: str, rows: int, width: int) -> int:
@@ -83,7 +84,7 @@ class Dots:
     act: Callable[[int, Any], tuple[Any, Any]]
 
 
-def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
+def _lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
     """Running sums of the lanes, f32 [lanes], for each activation row and each weight row (all weights in a row).
 
     Step by step, so that what is loaded of a weight is soon done with, and all before the caller's first store: beyond
@@ -102,13 +103,40 @@ def lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
     return totals
 
 
-def row_sums(ptx: Instructions, weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
-    """Sums for each activation row and each weight row.
+def _loaded_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> Callable[[], list[list[Array]]]:
+    """Loads all that `_lane_sums` needs; what is returned makes the same sums."""
+    ready = []
+    for weight in weights:
+        terms = [[read(lanes) for read in weight.reads] for lanes in weight.steps]
+        for i in range(len(weight.reads)):
+            ready.append([[step[i](*weight.act(i, m)) for step in terms] for m in ms])
 
-    Absent rows are computed like others: a branch that waits for the mask costs more than their arithmetic, since the
-    weights are read anyway.
+    def sums() -> list[list[Array]]:
+        return [[functools.reduce(jnp.add, [term() for term in row[k]]) for row in ready] for k in range(len(ms))]
+
+    return sums
+
+
+def with_sums(
+    ptx: Instructions,
+    live: Any,
+    weights: Sequence[Dots],
+    ms: Sequence[Any],
+    body: Callable[[list[list[Array]]], None],
+) -> None:
+    """Calls `body` with the sums for each activation row and each weight row.
+
+    If all that is loaded fits in registers, it is on its way before the first wait; where none of the rows exists,
+    nothing else is done then. Otherwise absent rows are computed like others: a branch that waits for the mask costs
+    more than their arithmetic, since the weights are read anyway.
     """
-    return [[ptx.tree_sum(x) for x in lanes] for lanes in lane_sums(weights, ms)]
+    held = len(ms) + sum(len(weight.reads) for weight in weights)
+    if held * len(weights[0].steps) * weights[0].steps[0].count > HELD * LANES:
+        body([[ptx.tree_sum(x) for x in lanes] for lanes in _lane_sums(weights, ms)])
+        return
+    exists, sums = functools.reduce(jnp.maximum, [live[m] for m in ms]) != 0, _loaded_sums(weights, ms)
+    ptx.fence()
+    pl.when(exists)(lambda: body([[ptx.tree_sum(x) for x in lanes] for lanes in sums()]))
 
 
 def project(
@@ -127,7 +155,7 @@ def project(
     """Products of rows `[T, K]` of activations with weights `[N, K]` in one launch.
 
     Args:
-        live: which activation rows exist `[T]`.
+        live: which activation rows exist `[T]`, those of an output row all or none.
         total: output rows.
         act_row: (output row, weight row, N) -> activation row.
         where: which output rows exist (i32), their sequence, and their place in the rings.
@@ -142,7 +170,9 @@ def project(
     programs = [n // tile for n, tile in sizes]
     returned = len(ws) - len(rings)
 
-    def kernel(ptx: Instructions, rings: Any, where: Any, wanted: Any, acts: Any, weights: Any, *outs: Any) -> None:
+    def kernel(
+        ptx: Instructions, rings: Any, live: Any, where: Any, wanted: Any, acts: Any, weights: Any, *outs: Any
+    ) -> None:
         column, ms = pl.program_id(1), row_numbers(pl.program_id(0), total)
 
         def products(index: int, begin: int) -> None:
@@ -153,9 +183,12 @@ def project(
             reads = [functools.partial(FORMATS[format].read, ptx, weights[index], (row,)) for row in chosen]
             dots = Dots(steps(format, width), reads, lambda i, m: (act, act_row(m, chosen[i], n)))
 
-            for (exists, target), values in zip(targets, row_sums(ptx, [dots], ms), strict=True):
-                for row, value in zip(chosen, values, strict=True):
-                    store(out, value.astype(out.dtype), *target, row, mask=exists)
+            def write(sums: list[list[Array]]) -> None:
+                for (exists, target), values in zip(targets, sums, strict=True):
+                    for row, value in zip(chosen, values, strict=True):
+                        store(out, value.astype(out.dtype), *target, row, mask=exists)
+
+            with_sums(ptx, live, [dots], ms, write)
 
         def segment(index: int, begin: int) -> None:
             if index < len(wanted):
@@ -172,6 +205,7 @@ def project(
         (*shapes, *(jax.ShapeDtypeStruct(ring.shape, ring.dtype) for ring in rings)),
         (tiles, sum(programs)),
         tuple(rings),
+        live.astype(i32)[:: live.shape[0] // total],
         where,
         [rows.astype(i32) for rows in wanted],
         activation_planes(live, a, set(forms), interpret),
