@@ -17,6 +17,7 @@ from ds4jax.cli_options import (
     Chunk,
     Config,
     Context,
+    DraftTokens,
     MinP,
     Model,
     Mtp,
@@ -101,6 +102,7 @@ def generate(
     context: Context = None,
     chunk: Chunk = None,
     speculative: Speculative = None,
+    draft_tokens: DraftTokens = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
 ) -> None:
     """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
@@ -117,6 +119,7 @@ def generate(
         context=context,
         chunk=chunk,
         speculative=speculative,
+        draft_tokens=draft_tokens,
     )
     text = _text(run)
     options = _options(run)

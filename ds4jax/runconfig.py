@@ -37,6 +37,7 @@ class RunConfig:
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
+    draft_tokens: file of the ids of the tokens that drafts may be, one a line; all if not given.
     host, port, api_key, cors, sessions, queue, prompt_profile, think, effort: the table `[server]`, see
         `server.run.Settings`; what is not given is as it stands there.
     """
@@ -58,6 +59,7 @@ class RunConfig:
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
     speculative: str | int = "off"
+    draft_tokens: Path | None = None
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -132,7 +134,7 @@ class RunConfig:
         return self.prompt if self.prompt_file is None else _read(self.prompt_file, "a text file")
 
 
-_PATHS = {"model", "mtp", "prompt_file"}
+_PATHS = {"model", "mtp", "prompt_file", "draft_tokens"}
 _PLAIN = {"prompt", "special", *_PATHS, "speculative"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},

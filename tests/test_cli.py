@@ -79,6 +79,7 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         prompt = "Es war einmal"
         special = true
         speculative = 2
+        draft_tokens = "list.txt"
         numerics.preset = "perf"
         numerics.act = "f32"
         numerics.draft_cost = 0.5
@@ -94,7 +95,7 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (tmp_path / "mtp.gguf", 99, 5)
     assert load["numerics"] == PERF.replace(act="f32", draft_cost=0.5)
-    assert load["speculative"] == 2
+    assert (load["speculative"], load["draft_tokens"]) == (2, tmp_path / "list.txt")
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 9,
@@ -141,13 +142,15 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
         "--no-special",
         "--speculative",
         "auto",
+        "--draft-tokens",
+        "z",
     )
     assert asked.prompt == "from a file"
     assert asked.path == Path("x")
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (Path("y"), 99, 5)
     assert load["numerics"] == PERF.replace(sim_kv=False, accept="coupled")
-    assert load["speculative"] == "auto"
+    assert (load["speculative"], load["draft_tokens"]) == ("auto", Path("z"))
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 0,
@@ -276,6 +279,7 @@ def test_info_counts_the_cache_that_loading_makes_room_for(preset: str, monkeypa
         (("generate", "-N", "atc=f32", "-p", "a"), "unknown key 'atc'; the nearest known key is 'act'"),
         (("generate", "-p", "a", "-m", MODEL, "--speculative", "2"), "speculation needs the MTP block"),
         (("generate", "-p", "a", "--speculative", "5"), 'expected "off", "auto" or a number from 0 to 4'),
+        (("generate", "-p", "a", "--draft-tokens", "no.txt"), "no.txt: expected a text file with one token id a line"),
         (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
         (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
         (("logprobs", "-m", MODEL, "-p", "", *SMALL), "text of 1 tokens, expected from 2 to 64"),
