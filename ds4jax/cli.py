@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from ds4jax.cli_bench import bench
 from ds4jax.cli_chat import chat
+from ds4jax.cli_draft_tokens import draft_tokens
 from ds4jax.cli_load import load_engine, open_model, read_run
 from ds4jax.cli_options import (
     Chunk,
@@ -139,6 +140,7 @@ def generate(
 
 
 app.command()(chat)
+app.command()(draft_tokens)
 
 
 @app.command()
