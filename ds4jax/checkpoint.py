@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from ds4jax.checkpoint_config import mtp_prefix, read_config
+from ds4jax.checkpoint_drafts import draft_head_nbytes, read_draft_tokens, with_draft_head
 from ds4jax.checkpoint_gguf import GGUF, TensorInfo, open_gguf
 from ds4jax.checkpoint_memory import OUTSIDE_BYTES, WORKSPACE_BYTES, check_device, check_host
 from ds4jax.checkpoint_table import ParamPath, Plan, Slot, make_plan
@@ -33,6 +35,7 @@ __all__ = [
     "mtp_prefix",
     "open_gguf",
     "read_config",
+    "read_draft_tokens",
 ]
 
 CARDS = (80, 96, 141)
@@ -85,16 +88,18 @@ def load_params(
     progress: Progress | None = None,
     device: jax.Device | None = None,
     cache_bytes: int = 0,
+    draft_tokens: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[dict[str, Any], Census]:
     """Parameters of the model on a device, and the census of its files.
 
     Memory stays bounded: tensors are mapped, uploaded and rearranged a slab at a time. `cache_bytes` is what the caller
-    will allocate beside the weights. Raises CheckpointError if the files are not this model, and CapacityError,
-    before anything is read, if weights and cache do not fit.
+    will allocate beside the weights. With `draft_tokens` the MTP block gets a head of its own, see `with_draft_head`.
+    Raises CheckpointError if the files are not this model, and CapacityError, before anything is read, if weights and
+    cache do not fit.
     """
     device = device or jax.local_devices()[0]
     plan = make_plan(main, mtp, config)
-    census = _census(main, mtp, plan)
+    census = _census(main, mtp, plan, draft_tokens)
     slabs = min(slab_bytes(), census.file_bytes)
     check_device(device, census.device_bytes, max(cache_bytes, slabs))
     if device.platform != "cpu":
@@ -107,19 +112,22 @@ def load_params(
         _set(params, path, leaf)
     for path, source in plan.shared.items():
         _set(params, path, _get(params, source))
-    return params, census
+    return params if draft_tokens is None else with_draft_head(params, draft_tokens), census
 
 
 def describe(
-    main: GGUF, mtp: GGUF | None = None, cache_nbytes: Callable[[ModelConfig, int], int] | None = None
+    main: GGUF,
+    mtp: GGUF | None = None,
+    cache_nbytes: Callable[[ModelConfig, int], int] | None = None,
+    draft_tokens: Int[np.ndarray, " n"] | None = None,
 ) -> Description:
     """Sizes, schedule and census of a model, and what fits on which card.
 
-    `cache_nbytes(config, context)` gives the cache of one sequence; without it there are no `fits`. Raises
-    CheckpointError if the files are not a model that can be loaded.
+    `cache_nbytes(config, context)` gives the cache of one sequence; without it there are no `fits`. `draft_tokens` are
+    as for `load_params`. Raises CheckpointError if the files are not a model that can be loaded.
     """
     config = read_config(main, mtp)
-    census = _census(main, mtp, make_plan(main, mtp, config))
+    census = _census(main, mtp, make_plan(main, mtp, config), draft_tokens)
     fits = []
     longest = config.max_position_embeddings
     for context in (*(length for length in CONTEXTS if length < longest), longest) if cache_nbytes is not None else ():
@@ -132,14 +140,18 @@ def describe(
     return Description(name, paths, config, census, tuple(fits))
 
 
-def _census(main: GGUF, mtp: GGUF | None, plan: Plan) -> Census:
+def _census(main: GGUF, mtp: GGUF | None, plan: Plan, draft_tokens: Int[np.ndarray, " n"] | None) -> Census:
     counts: dict[str, tuple[int, int]] = {}
     for tensor, _ in plan.assigned:
         number, size = counts.get(tensor.format, (0, 0))
         counts[tensor.format] = number + 1, size + tensor.nbytes
     by_type = dict(sorted(counts.items(), key=lambda item: -item[1][1]))
     file_bytes = main.nbytes + (mtp.nbytes if mtp is not None else 0)
-    return Census(by_type, plan.ignored, file_bytes, sum(_device_nbytes(*pair) for pair in plan.assigned))
+    device_bytes = sum(_device_nbytes(*pair) for pair in plan.assigned)
+    if draft_tokens is not None:
+        (head,) = (pair for pair in plan.assigned if pair[1].paths == (("head",),))
+        device_bytes += draft_head_nbytes(_device_nbytes(*head), head[0].shape[0], len(draft_tokens))
+    return Census(by_type, plan.ignored, file_bytes, device_bytes)
 
 
 def _device_nbytes(tensor: TensorInfo, slot: Slot) -> int:

@@ -12,11 +12,13 @@ from typer.core import TyperGroup
 
 from ds4jax.cli_bench import bench
 from ds4jax.cli_chat import chat
+from ds4jax.cli_draft_tokens import draft_tokens
 from ds4jax.cli_load import load_engine, open_model, read_run
 from ds4jax.cli_options import (
     Chunk,
     Config,
     Context,
+    DraftTokens,
     MinP,
     Model,
     Mtp,
@@ -101,6 +103,7 @@ def generate(
     context: Context = None,
     chunk: Chunk = None,
     speculative: Speculative = None,
+    draft_tokens: DraftTokens = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show times and counts at the end.")] = False,
 ) -> None:
     """Continues a text; prints the new text as it comes. Flags replace what a run file says."""
@@ -117,6 +120,7 @@ def generate(
         context=context,
         chunk=chunk,
         speculative=speculative,
+        draft_tokens=draft_tokens,
     )
     text = _text(run)
     options = _options(run)
@@ -136,6 +140,7 @@ def generate(
 
 
 app.command()(chat)
+app.command()(draft_tokens)
 
 
 @app.command()

@@ -42,6 +42,10 @@ def decode(
         str | None,
         typer.Option("--accept", metavar="P,...", help="Simulated chance of each draft, those before it being right."),
     ] = None,
+    draft_rows: Annotated[
+        str | None,
+        typer.Option("--draft-rows", metavar="N,...", help="Tokens that drafts may be; default: the vocabulary."),
+    ] = None,
     prefill: Annotated[
         str | None, typer.Option("--prefill", metavar="N,...", help="Lengths of prompts to read.")
     ] = None,
@@ -59,19 +63,28 @@ def decode(
     """Shows the time of decode steps with a filled cache, on the device, without the host's part.
 
     --rows: trunk, head and greedy choice alone; all rows are committed. --drafts: the whole step of generation, with
-    sampling and the MTP block's drafts, which are accepted by lot at the rates of --accept. --prefill: reading a prompt
-    in chunks. All contexts share a cache with room for the largest.
+    sampling and the MTP block's drafts, which are accepted by lot at the rates of --accept; they read the head's rows
+    for all tokens, or for as many as --draft-rows says. --prefill: reading a prompt in chunks. All contexts share a
+    cache with room for the largest.
     """
     if synthetic is not None and (other := "--model" if model else "--mtp" if mtp else None):
         raise RequestError(f"--synthetic {synthetic} and {other} are both given; leave one out")
     contexts, prompts = numbers("--context", context), numbers("--prefill", prefill)
     depths, rates = sorted(set(numbers("--drafts", drafts))), numbers("--accept", accept, float)
+    heads = numbers("--draft-rows", draft_rows)
     counts = numbers("--rows", rows if rows or drafts or prefill else "1,3")
     take_whole_card()
     import jax
 
     from ds4jax.bench.decode import check_frontiers, rows_job
-    from ds4jax.bench.generation import check_acceptance, check_prompts, generation_job, prefill_job
+    from ds4jax.bench.generation import (
+        check_acceptance,
+        check_draft_rows,
+        check_prompts,
+        generation_job,
+        prefill_job,
+        with_draft_rows,
+    )
     from ds4jax.bench.kernels import copy_bandwidth
     from ds4jax.bench.machine import Machine, config_hash, require_gpu
     from ds4jax.bench.measure import Subject, measure
@@ -96,6 +109,7 @@ def decode(
     if widths:
         check_frontiers(config, contexts, widths, steps)
     check_prompts(config, prompts)
+    check_draft_rows(config, depths, heads)
 
     with contextlib.ExitStack() as stack:
         table, stages = (stack.enter_context(Table(file)) for file in (csv_file, profile))
@@ -116,7 +130,12 @@ def decode(
                 stages.write(always[0] | row | always[1])
 
         jobs = [rows_job(subject, count, contexts, steps, report if profile else None) for count in counts]
-        jobs += [generation_job(subject, depth, rates, contexts, steps, seed) for depth in depths]
+        drafting = [with_draft_rows(subject, count) for count in heads or [config.vocab_size]]
+        jobs += [
+            generation_job(one, depth, rates, contexts, steps, seed)
+            for depth in depths
+            for one in (drafting if depth else [subject])
+        ]
         jobs += [prefill_job(subject, prompts, seed)] if prompts else []
         failed: list[str] = []
 
@@ -146,7 +165,8 @@ def _sentence(line: Line, ratio: float | None) -> str:
             f"prefill, {line.context} tokens in chunks of {line.rows}: {line.tokens_per_second:.1f} tokens/s, "
             f"{line.milliseconds:.3f} ms/chunk, peak {line.peak_bytes / 2**30:.2f} GiB"
         )
-    what = f"rows {line.rows}" if line.measure == "rows" else f"drafts {line.drafts}"
+    drafts = f"drafts {line.drafts}" + (f" of {line.draft_rows} tokens" if line.drafts else "")
+    what = f"rows {line.rows}" if line.measure == "rows" else drafts
     tokens = f"{line.tokens_per_step:.3f} tokens/step ({line.expected_tokens:.3f} expected)"
     yields = f", acceptance {line.acceptance}, {tokens}" if line.drafts else ""
     against = f" ({ratio:.3f} of no drafts)" if ratio else ""

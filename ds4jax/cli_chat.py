@@ -12,6 +12,7 @@ from ds4jax.cli_options import (
     Chunk,
     Config,
     Context,
+    DraftTokens,
     MinP,
     Model,
     Mtp,
@@ -47,6 +48,7 @@ def chat(
     context: Context = None,
     chunk: Chunk = None,
     speculative: Speculative = None,
+    draft_tokens: DraftTokens = None,
 ) -> None:
     """Talks with a chat model. Without a terminal, every line of standard input is a message."""
     run = read_run(config, numerics, model=model, mtp=mtp).override(
@@ -59,6 +61,7 @@ def chat(
         context=context,
         chunk=chunk,
         speculative=speculative,
+        draft_tokens=draft_tokens,
     )
     from ds4jax.chat_profile import Thinking, check_profile, detect_profile, effort_level
     from ds4jax.cli_talk import CONTEXT, Talk

@@ -53,6 +53,7 @@ def load_engine(run: RunConfig, sequences: int = 1, default_context: int | None 
             sequences=sequences,
             chunk=run.chunk,
             speculative=run.speculative,
+            draft_tokens=run.draft_tokens,
             fit_card=True,
             progress=lambda done, total, _: bar.update(task, completed=done, total=total),
         )

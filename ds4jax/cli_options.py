@@ -30,6 +30,10 @@ Speculative = Annotated[
     str | None,
     typer.Option("--speculative", metavar="off|K|auto", help="Tokens to draft per step with the MTP block."),
 ]
+DraftTokens = Annotated[
+    Path | None,
+    typer.Option("--draft-tokens", help="File of the ids that drafts may be, as draft-tokens writes it; default: all."),
+]
 Chunk = Annotated[int | None, typer.Option("--chunk", help="Prompt tokens per call of the model.")]
 Temperature = Annotated[float | None, typer.Option("-t", "--temperature", help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Keep the k most probable tokens; 0 is off.")]

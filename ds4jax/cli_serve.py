@@ -12,6 +12,7 @@ from ds4jax.cli_options import (
     Chunk,
     Config,
     Context,
+    DraftTokens,
     MinP,
     Model,
     Mtp,
@@ -61,6 +62,7 @@ def serve(
     context: Context = None,
     chunk: Chunk = None,
     speculative: Speculative = None,
+    draft_tokens: DraftTokens = None,
 ) -> None:
     """Serves a chat page and the APIs of OpenAI and Anthropic. Sampling flags hold where a request says nothing."""
     run = read_run(config, numerics, model=model, mtp=mtp).override(
@@ -80,6 +82,7 @@ def serve(
         context=context,
         chunk=chunk,
         speculative=speculative,
+        draft_tokens=draft_tokens,
     )
     from ds4jax.server.run import CONTEXT, build_server, build_service, open_socket, settings_of
 

@@ -11,7 +11,16 @@ from typing import Any, TypedDict, Unpack
 import jax
 import numpy as np
 
-from ds4jax.checkpoint import GGUF, Census, Progress, describe, load_params, open_gguf, read_config
+from ds4jax.checkpoint import (
+    GGUF,
+    Census,
+    Progress,
+    describe,
+    load_params,
+    open_gguf,
+    read_config,
+    read_draft_tokens,
+)
 from ds4jax.checkpoint_memory import check_device, take_share
 from ds4jax.config import ModelConfig, Numerics, check_simulation
 from ds4jax.decode.generate import Generate, Programs, build_generate
@@ -226,6 +235,7 @@ def load(
     sequences: int = 1,
     chunk: int | None = None,
     speculative: str | int = "off",
+    draft_tokens: str | Path | None = None,
     progress: Progress | None = None,
     fit_card: bool = False,
 ) -> Engine:
@@ -239,6 +249,8 @@ def load(
         sequences: how many caches of this context there must be room for, which is checked before loading.
         chunk: prompt tokens per step; chosen by the numerics if not given.
         speculative: drafting with the model's MTP block, as for `build_generate`.
+        draft_tokens: file of the ids of the tokens that drafts may be, one a line; all if not given. A draft then reads
+            the head's rows for these alone, which get a copy. What is drafted never changes a `strict` answer.
         progress: called with bytes done, bytes in all, and a tensor's name.
         fit_card: whether JAX takes what this model needs of the GPU, no more and no less, unless it runs already or the
             environment says how much: for a program that does nothing else with JAX. It takes 75 % otherwise.
@@ -246,7 +258,8 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged or not such a model.
         CapacityError: weights and cache do not fit, found before anything is read.
-        ConfigError: numerics, context or speculation are not valid, or the model has no MTP block to draft with.
+        ConfigError: numerics, context, speculation or the list of tokens are not valid, or the model has no MTP block
+            to draft with.
     """
     began = time.perf_counter()
     numerics = numerics if isinstance(numerics, Numerics) else load_numerics(numerics)
@@ -263,19 +276,21 @@ def load(
         context = min(default_context, config.max_position_embeddings)
     if context is not None and not 2 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
+    drafted = None if draft_tokens is None else read_draft_tokens(draft_tokens, config.vocab_size)
     longest = context or config.max_position_embeddings
     least = context or min(SMALLEST_CONTEXT, longest)
     if fit_card:  # before anything starts JAX, as the choice of a chunk does
         rows = max(chunk or CHUNK, 1 + MOST_DRAFTS)
         caches = (cache_nbytes(config, numerics, sequences, size, rows) for size in (least, longest))
-        take_share(describe(main, second).census.device_bytes, *caches)
+        take_share(describe(main, second, draft_tokens=drafted).census.device_bytes, *caches)
     chunk = chunk if chunk is not None else default_chunk(numerics)
     if chunk < 1:
         raise ConfigError(f"chunk = {chunk}, expected at least 1")
     speculation = Speculation.of(speculative, draft_cost(numerics)).check(config)
     check_compiler_options(numerics)
     room = cache_nbytes(config, numerics, sequences, least, max(chunk, 1 + speculation.drafts))
-    params, census = load_params(main, second, config, progress=progress, cache_bytes=room)
+    drafted = drafted if speculation.drafts else None
+    params, census = load_params(main, second, config, progress=progress, cache_bytes=room, draft_tokens=drafted)
     seconds = time.perf_counter() - began
     return Engine(
         config,

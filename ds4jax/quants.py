@@ -61,7 +61,7 @@ class QTensor:
     shape: tuple[int, ...]
 
     def __getitem__(self, index: Any) -> QTensor:
-        """Indexes the leading axis (an expert or a row) by an integer, which may be traced, or by a slice."""
+        """Indexes the leading axis (an expert or a row) by a slice, or by an integer or array, which may be traced."""
         return self._map(lambda plane: plane[index])
 
     def take(self, ids: Int[Array, "*ids"]) -> QTensor:

@@ -37,6 +37,7 @@ class RunConfig:
     stop, stop_ids: strings and token ids that end the answer; ids replace the model's own.
     chunk: prompt tokens per call of the model; the engine's choice if not given.
     speculative: "off", tokens to draft in every step, or "auto": as many as are worth their time.
+    draft_tokens: file of the ids of the tokens that drafts may be, one a line; all if not given.
     host, port, api_key, cors, sessions, queue, prompt_profile, think, effort: the table `[server]`, see
         `server.run.Settings`; what is not given is as it stands there.
     """
@@ -58,6 +59,7 @@ class RunConfig:
     stop_ids: tuple[int, ...] | None = None
     chunk: int | None = None
     speculative: str | int = "off"
+    draft_tokens: Path | None = None
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -116,7 +118,7 @@ class RunConfig:
         if name_or_path in PRESETS:
             return RunConfig(numerics=load_numerics(name_or_path))
         path = Path(name_or_path)
-        text = _read(path, f"a run file or one of {', '.join(PRESETS)}")
+        text = read_text(path, f"a run file or one of {', '.join(PRESETS)}")
         with _naming(path):
             return RunConfig.from_toml(text, path.parent)
 
@@ -129,10 +131,10 @@ class RunConfig:
 
     def prompt_text(self) -> str | None:
         """The prompt or the text of its file, or None if neither is given."""
-        return self.prompt if self.prompt_file is None else _read(self.prompt_file, "a text file")
+        return self.prompt if self.prompt_file is None else read_text(self.prompt_file, "a text file")
 
 
-_PATHS = {"model", "mtp", "prompt_file"}
+_PATHS = {"model", "mtp", "prompt_file", "draft_tokens"}
 _PLAIN = {"prompt", "special", *_PATHS, "speculative"}
 _TABLES = {
     "sampling": {"temperature", "top_k", "top_p", "min_p", "seed"},
@@ -158,7 +160,7 @@ def load_numerics(name_or_path: str | Path, directory: Path = Path()) -> Numeric
     if name_or_path in PRESETS:
         return Numerics.from_toml((configs() / f"{name_or_path}.toml").read_text())
     path = directory / name_or_path
-    text = _read(path, f"a numerics file or one of {', '.join(PRESETS)}")
+    text = read_text(path, f"a numerics file or one of {', '.join(PRESETS)}")
     with _naming(path):
         return Numerics.from_toml(text)
 
@@ -215,7 +217,8 @@ def _numerics_of(value: Any, directory: Path) -> Numerics:
     return change_numerics(load_numerics(preset, directory), changes)
 
 
-def _read(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
+    """The UTF-8 text of a file; ConfigError if it cannot be read, saying what it should be."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -159,6 +159,18 @@ class Tokenizer:
         return self._bpe.encode(text, add_special_tokens=False).ids if text else []
 
 
+def frequent_tokens(tokenizer: Tokenizer, counts: Mapping[int, int], size: int) -> list[int]:
+    """The ids of `size` tokens: those that end an answer, then the most frequent by these counts, the lower id first.
+
+    Tokens without a count come last. Raises `RequestError` if the vocabulary is smaller, or those of the end are more.
+    """
+    ends = tokenizer.stop_ids
+    if not len(ends) <= size <= tokenizer.vocab_size:
+        raise RequestError(f"{size} tokens, expected {len(ends)}, those that end an answer, to {tokenizer.vocab_size}")
+    others = (token for token in range(tokenizer.vocab_size) if token not in ends)
+    return [*ends, *sorted(others, key=lambda token: -counts.get(token, 0))][:size]
+
+
 class Decoder:
     """Incremental decoding: text is handed out as soon as its last byte is known, never half a character."""
 

@@ -32,6 +32,7 @@ CONFIG = dataclasses.replace(table_config(), vocab_size=VOCABULARY, hidden_size=
 chance = np.random.default_rng(5)
 TARGET = (1.5 * chance.standard_normal((VOCABULARY, VOCABULARY))).astype(np.float32)
 DRAFT = (TARGET + chance.standard_normal(TARGET.shape)).astype(np.float32)
+DRAFT[:, 3] = -np.inf  # not among the tokens that drafts may be
 PARAMS = {"target": jnp.asarray(TARGET), "draft": jnp.asarray(DRAFT)}
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.0},

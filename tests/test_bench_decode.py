@@ -171,21 +171,22 @@ def test_generation(monkeypatch, small, tmp_path):
     monkeypatch.setattr(generation, "check_finite", lambda cache, context: ends.append(int(cache.length[0])))
     file = tmp_path / "drafts.csv"
     arguments = ("--synthetic", "tiny", "--context", "40,64", "--steps", "3", "--drafts", "2,0", "--accept", "1,0")
-    result = run(*arguments, "--prefill", "20,200", "--csv", file)
+    result = run(*arguments, "--draft-rows", "16", "--prefill", "20,200", "--csv", file)
     assert result.exit_code == 0, result.output
     lines = table(file)
-    columns = ("measure", "drafts", "acceptance", "context", "tokens_per_step", "ratio_to_no_drafts")
+    columns = ("measure", "drafts", "draft_rows", "acceptance", "context", "tokens_per_step", "ratio_to_no_drafts")
     assert [tuple(line[name] for name in columns) for line in lines] == [
-        ("generation", "0", "no drafts", "40", "1.0", ""),
-        ("generation", "0", "no drafts", "64", "1.0", ""),
-        ("generation", "2", "simulated 1.0,0.0", "40", "2.0", "2.0"),
-        ("generation", "2", "simulated 1.0,0.0", "64", "2.0", "2.0"),
-        ("prefill", "0", "no drafts", "20", "20.0", ""),
-        ("prefill", "0", "no drafts", "200", "100.0", ""),  # in two chunks of 128
+        ("generation", "0", "0", "no drafts", "40", "1.0", ""),
+        ("generation", "0", "0", "no drafts", "64", "1.0", ""),
+        ("generation", "2", "16", "simulated 1.0,0.0", "40", "2.0", "2.0"),
+        ("generation", "2", "16", "simulated 1.0,0.0", "64", "2.0", "2.0"),
+        ("prefill", "0", "0", "no drafts", "20", "20.0", ""),
+        ("prefill", "0", "0", "no drafts", "200", "100.0", ""),  # in two chunks of 128
     ]
     assert [line["steps"] for line in lines] == ["3"] * 4 + ["1", "2"]
     assert ends == [40, 64, 38, 62]
     assert int(lines[2]["weight_bytes"]) > int(lines[0]["weight_bytes"])
+    assert "drafts 2 of 16 tokens, context 40: " in result.output
     assert (
         "acceptance simulated 1.0,0.0, 2.000 tokens/step (2.000 expected), 1000.0 tokens/s (2.000 of no"
         in result.output
@@ -208,6 +209,8 @@ DRAFTS = ("--drafts", "0,2", "--accept", "0.79,0.58")
         (("--drafts", "1", "--accept", "x"), "--accept x: expected numbers"),
         (("--drafts", "5", "--accept", "1,1,1,1,1"), "expected numbers from 0 to 4"),
         ((*DRAFTS, "--context", "200"), "expected 227 (a window and 65 steps of 3 rows)"),
+        ((*DRAFTS, "--draft-rows", "5000"), "--draft-rows: [5000], expected numbers from 1 to 4096"),
+        (("--draft-rows", "8"), "--draft-rows: [8] and no drafts, expected --drafts"),
         (("--prefill", "0"), "--prefill: [0], expected lengths from 1"),
         (("--rows", "1", "--profile", "p.csv"), "bench decode --profile: expected an NVIDIA GPU, found cpu"),
         ((*DRAFTS, "--profile", "p.csv"), "--profile p.csv: expected --rows"),

@@ -155,7 +155,7 @@ def test_the_driver_is_asked_for_the_card_that_jax_uses(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- what is asked for
 
 
-def test_loading_asks_for_weights_and_caches(monkeypatch):
+def test_loading_asks_for_weights_and_caches(monkeypatch, tmp_path):
     asked: list[tuple[int, ...]] = []
 
     def refuse(*sizes: int) -> None:
@@ -173,6 +173,10 @@ def test_loading_asks_for_weights_and_caches(monkeypatch):
             engine.load(F32, fit_card=True, **limits)
     weights = describe(open_gguf(F32)).census.device_bytes
     assert asked == [(weights, 1024, 1024), (weights, 64, 64), (weights, 192, 192), (weights, 512, 512)]
+    (tmp_path / "list.txt").write_text("5\n7\n")
+    with pytest.raises(CapacityError):
+        engine.load(F32, fit_card=True, context=64, draft_tokens=tmp_path / "list.txt")
+    assert asked[-1] == (weights + 2 * 64 * 4 + 320 * 4, 64, 64)  # two rows of the head, and the place of every token
     monkeypatch.setattr(engine, "SMALLEST_CONTEXT", 256)
     with pytest.raises(CapacityError):
         engine.load(F32, fit_card=True)

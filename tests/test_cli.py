@@ -79,6 +79,7 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
         prompt = "Es war einmal"
         special = true
         speculative = 2
+        draft_tokens = "list.txt"
         numerics.preset = "perf"
         numerics.act = "f32"
         numerics.draft_cost = 0.5
@@ -94,7 +95,7 @@ def test_generate_passes_every_field_of_a_run_file_on(tmp_path: Path, asked: Sim
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (tmp_path / "mtp.gguf", 99, 5)
     assert load["numerics"] == PERF.replace(act="f32", draft_cost=0.5)
-    assert load["speculative"] == 2
+    assert (load["speculative"], load["draft_tokens"]) == (2, tmp_path / "list.txt")
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 9,
@@ -141,13 +142,15 @@ def test_flags_replace_every_field_of_a_run_file(tmp_path: Path, asked: SimpleNa
         "--no-special",
         "--speculative",
         "auto",
+        "--draft-tokens",
+        "z",
     )
     assert asked.prompt == "from a file"
     assert asked.path == Path("x")
     load = asked.load
     assert (load["mtp"], load["context"], load["chunk"]) == (Path("y"), 99, 5)
     assert load["numerics"] == PERF.replace(sim_kv=False, accept="coupled")
-    assert load["speculative"] == "auto"
+    assert (load["speculative"], load["draft_tokens"]) == ("auto", Path("z"))
     assert asked.options == {
         "sampling": Sampling(0.5, 4, 0.75, 0.25),
         "seed": 0,
@@ -233,6 +236,22 @@ def test_tokens() -> None:
     assert special.stdout == "298\t'<｜User｜>'\n13\t'\\n'\n"
 
 
+def test_draft_tokens(tmp_path: Path) -> None:
+    """Those that end an answer, then by frequency in both texts, of equals the lower id first."""
+    (tmp_path / "a").write_text("hello hello naïve zz")
+    (tmp_path / "b").write_text("zz<｜User｜> hello")
+    ends, counted = [1, 0, 298, 299], [35, 125, 289, 100, 104, 113, 121, 178, 198]  # space, z, hello, bytes of naïve
+    texts = ("-m", MODEL, "--special", tmp_path / "a", tmp_path / "b")
+    result = ok("draft-tokens", *texts)
+    ids = [int(line) for line in result.stdout.splitlines()]
+    assert ids[:13] == ends + counted
+    assert ids[13:] == [token for token in range(320) if token not in ends + counted][: 80 - 13]
+    assert result.stderr == "80 of 320 tokens, 100.00% of the 18 tokens of the texts\n"
+    few = ok("draft-tokens", *texts, "-n", 6)
+    assert few.stdout.splitlines() == result.stdout.splitlines()[:6]
+    assert few.stderr == "6 of 320 tokens, 50.00% of the 18 tokens of the texts\n"
+
+
 def test_info() -> None:
     shown = ok("info", MODEL, "--mtp", ORACLE / "tiny-f32-mtp-ds4.gguf").stdout
     for row in (
@@ -276,6 +295,9 @@ def test_info_counts_the_cache_that_loading_makes_room_for(preset: str, monkeypa
         (("generate", "-N", "atc=f32", "-p", "a"), "unknown key 'atc'; the nearest known key is 'act'"),
         (("generate", "-p", "a", "-m", MODEL, "--speculative", "2"), "speculation needs the MTP block"),
         (("generate", "-p", "a", "--speculative", "5"), 'expected "off", "auto" or a number from 0 to 4'),
+        (("generate", "-p", "a", "--draft-tokens", "no.txt"), "no.txt: expected a text file with one token id a line"),
+        (("draft-tokens", "no.txt"), "no.txt: expected a text file"),
+        (("draft-tokens", Path(__file__), "-n", 3), "3 tokens, expected 4, those that end an answer, to 4096"),
         (("generate", "-p", "a", "--prompt-file", "b"), "prompt and prompt_file are both given"),
         (("generate", "-m", MODEL, "-p", "a", *SMALL, "-t", "-1"), "temperature = -1.0, expected at least 0"),
         (("logprobs", "-m", MODEL, "-p", "", *SMALL), "text of 1 tokens, expected from 2 to 64"),

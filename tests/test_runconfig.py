@@ -17,6 +17,7 @@ mtp = "/models/mtp.gguf"
 prompt_file = "prompt.txt"
 special = true
 speculative = "auto"
+draft_tokens = "list.txt"
 
 [numerics]
 preset = "perf"
@@ -75,6 +76,7 @@ def test_whole_run(tmp_path: Path) -> None:
         stop_ids=(1, 5),
         chunk=64,
         speculative="auto",
+        draft_tokens=tmp_path / "list.txt",
         host="::1",
         port=9000,
         api_key="k",

@@ -150,10 +150,14 @@ class Forbid:
         self.seen.append(token)
 
 
-def test_a_bias_and_a_guide_hold_under_speculation():
+def test_a_bias_and_a_guide_hold_under_speculation(tmp_path):
+    """Also if drafts are a few tokens only."""
+    (tmp_path / "list.txt").write_text("\n".join(map(str, range(0, 320, 3))))
     main, mtp = (golden.DATA / "oracle" / f"tiny-f32{part}.gguf" for part in ("", "-mtp"))
     # As many rows in a step as in a chunk: one program for both.
-    (session,) = Sessions(load(main, mtp=mtp, context=64, chunk=3, speculative=2), 1, 64).all
+    (session,) = Sessions(
+        load(main, mtp=mtp, context=64, chunk=3, speculative=2, draft_tokens=tmp_path / "list.txt"), 1, 64
+    ).all
     ids, ask = [5, 6, 7, 8], dataclasses.replace(DRAWN, most=12)
     banned = np.zeros(320, np.float32)
     # A guide leaves no room for drafts, so this is what the model says without them.

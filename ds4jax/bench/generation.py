@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ds4jax.bench.decode import check_finite, milliseconds
 from ds4jax.bench.measure import REPEATS, Job, Line, Subject
 from ds4jax.bench.synthetic import at_length, make_cache, weight_bytes
+from ds4jax.checkpoint_drafts import with_draft_head
 from ds4jax.config import ModelConfig
 from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import Sampling
@@ -86,6 +87,23 @@ def check_acceptance(drafts: Sequence[int], accept: Sequence[float]) -> None:
         raise ConfigError(f"--accept: {list(accept)}, expected rates from 0 to 1")
 
 
+def check_draft_rows(config: ModelConfig, drafts: Sequence[int], rows: Sequence[int]) -> None:
+    """Raises ConfigError unless these are numbers of tokens, and there are drafts to be one of them."""
+    if rows and not any(drafts):
+        raise ConfigError(f"--draft-rows: {list(rows)} and no drafts, expected --drafts; add them")
+    if not all(1 <= number <= config.vocab_size for number in rows):
+        raise ConfigError(f"--draft-rows: {list(rows)}, expected numbers from 1 to {config.vocab_size}")
+
+
+def with_draft_rows(subject: Subject, rows: int) -> Subject:
+    """A subject whose drafts are one of `rows` tokens, spread evenly over the vocabulary; itself if that is all."""
+    size = subject.config.vocab_size
+    if rows == size:
+        return subject
+    ids = np.arange(rows) * size // rows
+    return dataclasses.replace(subject, params=with_draft_head(subject.params, ids.astype(np.int32)))
+
+
 def check_prompts(config: ModelConfig, prompts: Sequence[int]) -> None:
     """Raises ConfigError unless the model can read prompts of these lengths."""
     most = config.max_position_embeddings - 1
@@ -97,6 +115,7 @@ def generation_job(
     subject: Subject, drafts: int, accept: Sequence[float], contexts: Sequence[int], steps: int, seed: int
 ) -> Job:
     """Steps of generation with `drafts` drafts each, at each context of a cache filled with random rows."""
+    draft_rows = subject.params["mtp"].get("head", subject.params["head"]).shape[0] if drafts else 0
     config, numerics, params, capacity = subject.config, subject.numerics, subject.params, max(contexts)
     rates = tuple(accept[:drafts])
     limits = Limits(batch=1, prompt=1, new_tokens=(1 + drafts) * (2 + steps), chunk=1, context=capacity)
@@ -140,9 +159,10 @@ def generation_job(
                 expected_tokens=expected_tokens(rates),
                 weight_bytes=weight_bytes(params, config, 1 + drafts, drafts),
                 gbps=subject.gbps,
+                draft_rows=draft_rows,
             )
 
-    return Job(f"drafts {drafts}", lower, lines)
+    return Job(f"drafts {drafts}" + (f" of {draft_rows} tokens" if drafts else ""), lower, lines)
 
 
 def _fresh(like: DecodeState, cache: Cache) -> DecodeState:

@@ -37,6 +37,7 @@ class Line:
         "prefill". acceptance: what becomes of the rows of a step.
     rows: of a step, or of a chunk of a prompt. context: positions in the cache at the last step; capacity: positions
         that it has room for.
+    draft_rows: rows of the head that a draft reads, 0 without drafts.
     milliseconds: of a step or chunk. tokens_per_step: that a step or chunk yielded or read. expected_tokens: what the
         rates of a simulated acceptance promise in its place. weight_bytes: read by it.
     peak_bytes: most device memory ever in use, weights and cache included; 0 if unknown.
@@ -58,6 +59,7 @@ class Line:
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
     peak_bytes: int = 0
+    draft_rows: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -21,7 +21,7 @@ def check_plot(file: Path) -> None:
 
 
 def plot(lines: Sequence[Line], title: str, file: Path) -> None:
-    """Draws a curve for every number of drafts, and a dashed one for every number of rows of bare steps."""
+    """Draws a curve for every number and kind of drafts, and a dashed one for every number of rows of bare steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -43,5 +43,5 @@ def plot(lines: Sequence[Line], title: str, file: Path) -> None:
 
 def _curve(line: Line) -> str:
     if line.measure == "generation":
-        return f"generation, {line.acceptance}"
+        return f"generation, {line.acceptance}" + (f", of {line.draft_rows} tokens" if line.drafts else "")
     return f"bare steps, rows {line.rows}, all committed"

@@ -192,12 +192,14 @@ def at_length(length: int) -> Array:
 def weight_bytes(params: dict[str, Any], config: ModelConfig, rows: int, drafts: int = 0) -> int:
     """Bytes of the weights that a step of `rows` rows reads, drafts included, if no two rows share an expert.
 
-    A draft reads the MTP block and the head; a step with drafts also stores the block's rows of its tokens.
+    A draft reads the MTP block and the head, the block's own if it has one; a step with drafts also stores the block's
+    rows of its tokens.
     """
     total = _bytes_read({name: tree for name, tree in params.items() if name != "mtp"}, config, rows)
     if drafts:
         block = params["mtp"]
-        total += drafts * _bytes_read({name: params[name] for name in ("embed", "head", "mtp")}, config, 1)
+        names = ("embed", "mtp") if "head" in block else ("embed", "head", "mtp")
+        total += drafts * _bytes_read({name: params[name] for name in names}, config, 1)
         stored = {name: block[name] for name in ("e_proj", "h_proj", "enorm", "hnorm")}
         layer = {name: block["layer"][name] for name in ("hc_attn", "attn_norm")}
         attention = {name: block["layer"]["attn"][name] for name in ("wkv", "kv_norm")}

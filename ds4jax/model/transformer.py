@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ds4jax.activation import Activation
 from ds4jax.config import CSA_RATIO
 from ds4jax.model.base import Layer, Table
 from ds4jax.model.cache import Cache, Rows
@@ -44,9 +44,17 @@ class MTPBlock(Layer):
         flat = self.normed(streams.reshape(t * h, d), self.hnorm, every)
         return e[:, None] + self.linear(flat, self.h_proj, every).reshape(t, h, d)
 
-    def collapse(self, streams: Float[Array, "T H D"], live: Live) -> Activation:
-        """Input of the vocabulary head."""
-        return self.hc_head(streams, self.norm_weight, live)
+    def logits(self, streams: Float[Array, "T H D"], head: Any, live: Live) -> Float[Array, "T V"]:
+        """Logits of the token after each row, by the model's head `[V, D]`.
+
+        If the parameters give the block a `head` of its own, it ranks some tokens only, those with a `place` among its
+        rows. All others get -inf: they are never drafted, and everything else about a draft stays as it is.
+        """
+        hidden = self.hc_head(streams, self.norm_weight, live)
+        if not self.has_variable("params", "head"):
+            return self.linear(hidden, head, live)
+        ranked = self.linear(hidden, self.get_variable("params", "head"), live)
+        return jnp.take(ranked, self.get_variable("params", "place"), axis=1, mode="fill", fill_value=-jnp.inf)
 
 
 @jax.tree_util.register_dataclass
@@ -99,9 +107,6 @@ class DeepSeekV4(Layer):
         embedded = self._embedded(tokens, live)
         return jnp.broadcast_to(embedded[:, None], (embedded.shape[0], self.config.hc_mult, embedded.shape[1]))
 
-    def _head(self, hidden: Activation, live: Live) -> Float[Array, "T V"]:
-        return self.linear(hidden, self.head, live)
-
     def __call__(
         self, tokens: Int[Array, "B R"], cache: Cache, start: Int[Array, " B"], count: Int[Array, " B"]
     ) -> tuple[Float[Array, "B R H D"], Cache]:
@@ -132,7 +137,8 @@ class DeepSeekV4(Layer):
         """Logits of the next token from the trunk's streams."""
         batch, r, h, d = streams.shape
         flat, alive = streams.reshape(batch * r, h, d), Live.of(live.reshape(-1))
-        return self._head(self.hc_head(flat, self.norm_weight, alive), alive).reshape(batch, r, -1)
+        hidden = self.hc_head(flat, self.norm_weight, alive)
+        return self.linear(hidden, self.head, alive).reshape(batch, r, -1)
 
     def draft(
         self,
@@ -153,7 +159,7 @@ class DeepSeekV4(Layer):
         assert cache.mtp is not None, "the cache was made for a model without an MTP block"
         x, state = self.mtp.layer(Residual(pairs), flat, rows, cache.mtp, table, frequencies, first=1)
         own = self.mtp.layer.finish(x, rows.live)
-        logits = self._head(self.mtp.collapse(own, rows.live), rows.live)
+        logits = self.mtp.logits(own, self.head, rows.live)
         return logits.reshape(batch, r, -1), own.reshape(streams.shape), dataclasses.replace(cache, mtp=state)
 
     def draft_prefill(
@@ -214,7 +220,7 @@ class DeepSeekV4(Layer):
         """Logits from the MTP block's streams, for training."""
         batch, s, h, d = streams.shape
         live = Live.all(batch * s)
-        return self._head(self.mtp.collapse(streams.reshape(batch * s, h, d), live), live).reshape(batch, s, -1)
+        return self.mtp.logits(streams.reshape(batch * s, h, d), self.head, live).reshape(batch, s, -1)
 
     def initialise(self, tokens: Int[Array, "B S"]) -> None:
         """Touches every parameter; for `DeepSeekV4.init(key, tokens, method="initialise")`."""
