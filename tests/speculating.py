@@ -11,6 +11,7 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
+from planned import Planned
 
 from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import GREEDY, Sampling
@@ -43,16 +44,6 @@ def block(seed: int) -> Any:
 
 FREE = jnp.full((1, LIMITS.context + 1), -1, jnp.int32)
 PARAMS = {**golden.load("tiny_c").params, "mtp": block(0), "plan": FREE}
-
-
-class Planned(DeepSeekV4):
-    """Runs the block, but drafts what a plan `params["plan"]` `[B, positions]` says where it is not negative."""
-
-    def draft(self, tokens: Any, streams: Any, cache: Any, start: Any, count: Any) -> Any:
-        logits, streams, cache = super().draft(tokens, streams, cache, start, count)
-        planned = jnp.take_along_axis(self.get_variable("params", "plan"), start[:, None] + 1, axis=1)
-        certain = 1e9 * jax.nn.one_hot(planned, self.config.vocab_size, dtype=jnp.float32)
-        return jnp.where(planned[:, :, None] < 0, logits, certain), streams, cache
 
 
 @functools.cache
