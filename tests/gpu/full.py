@@ -26,9 +26,8 @@ from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import Generation, Limits
 from ds4jax.model.cache import init_cache
 from ds4jax.model.transformer import DeepSeekV4
-from gpu.run import KERNELS, REFERENCE, Report
+from gpu.run import FLOATS, KERNELS, REFERENCE, Report
 
-FLOATS = {"act": "f32", "sim_kv": False, "sim_index": False, "cache": "f32"}  # nothing rounds to a coarse grid
 BOUND = 1e-4  # of logits, relative to the largest: float dots of up to 16,384 products in another order, four layers
 PROMPT = np.arange(1, 131, 2, dtype=np.int32) * 997
 HOT = Sampling(temperature=0.8, top_p=0.95)

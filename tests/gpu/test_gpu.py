@@ -9,7 +9,7 @@ if jax.default_backend() != "gpu":
 from gpu import run
 
 
-@pytest.mark.parametrize("name", ["instructions", "loading", "grids", "contracted", "cpu_bound"])
+@pytest.mark.parametrize("name", ["instructions", "loading", "grids", "contracted", "cpu_floats", "cpu_strict"])
 def test_checks(name):
     passed, detail = getattr(run, name)()
     assert passed, detail
