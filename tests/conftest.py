@@ -1,5 +1,6 @@
 """Test-wide settings; they must be in force before jax and ds4jax are first imported."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,3 +72,18 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+MOST_MAPS = 30000
+"""Of a process's memory. Every program that XLA:CPU has compiled takes some, and Linux allows 65,530 in all: beyond that
+compiling crashes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_maps() -> Iterator[None]:
+    """Lets go of compiled programs between files before there are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -226,7 +226,7 @@ def test_experts(routed, shared):
 
 
 def test_experts_of_many_rows():
-    """The shared expert of nine rows is several programs' and its down projection a launch, with the same results."""
+    """The shared expert of nine rows is the work of several programs, with the same results."""
     ws, args = moe_weights(("Q8_0", "Q8_0"), ("Q8_0", "Q8_0"), 32, 3, 64), moe_rows(9, 32)
     run, wanted = both(**ROUTED, act="q8")
     assert_equal(np.asarray(run(everyone(9), *args, *ws)), wanted(*args, *ws))

@@ -18,10 +18,13 @@ from jax.experimental import pallas as pl
 
 from ds4jax.errors import ConfigError
 from ds4jax.pallas.ptx import Instructions, f32, i32, load, next_power
+from ds4jax.pallas.rows import LANES
 from ds4jax.quants import QTensor, iq2_xxs_levels
 
 Term = Callable[[Any, Any], Callable[[], Array]]
 """Loads of one activation row, (activation references, row index), and then the term of every lane for it: f32 [lanes].
+
+What is loaded only then: the table of IQ2_XXS, and floats in place of codes.
 
 References named "x" are float activations in the order of the lanes: `ops.linear` defines them as a float dot, so there
 kernel and reference agree within rounding, not bit for bit.
@@ -58,7 +61,10 @@ def _signed_byte(word: Array, byte: int) -> Array:
 
 
 def _group_term(ptx: Instructions, lanes: Lanes, decode: Callable[[], tuple[list[Array], Array]]) -> Term:
-    """A lane is a group of 32 values: eight words of signed bytes and a scale, made of what is loaded."""
+    """A lane is a group of 32 values: eight words of signed bytes and a scale, made of what is loaded.
+
+    They are made once for all activation rows, whose terms must be finished in the same branch.
+    """
     decoded = functools.cache(decode)
 
     def term(a: Any, m: Any) -> Callable[[], Array]:
@@ -200,20 +206,25 @@ def floats(ptx: Instructions, w: dict[str, Any], row: tuple[Any, ...], lanes: La
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How kernels read a kind of weight: values per term, form of activations ("q8", "q8k", "x"), lanes per step."""
+    """How kernels read a kind of weight.
+
+    values: of a term. takes: form of activations, "q8", "q8k" or "x". registers: that a thread needs for what 128 lanes
+    load of a weight's row, and of an activation's. lanes: of a step; part of the definition of the result.
+    """
 
     read: Callable[..., Term]
     values: int
     takes: str
-    lanes: int = 128
+    registers: tuple[int, int]
+    lanes: int = LANES
 
 
 FORMATS = {
-    "Q8_0": Format(q8_0, 32, "q8"),
-    "IQ2_XXS": Format(iq2_xxs, 32, "q8"),
-    "Q2_K": Format(q2_k, 16, "q8k"),
-    "Q4_K": Format(q4_k, 8, "q8k"),
-    "float": Format(floats, 1, "x", 256),
+    "Q8_0": Format(q8_0, 32, "q8", (36, 36)),
+    "IQ2_XXS": Format(iq2_xxs, 32, "q8", (10, 36)),
+    "Q2_K": Format(q2_k, 16, "q8k", (7, 21)),
+    "Q4_K": Format(q4_k, 8, "q8k", (9, 9)),
+    "float": Format(floats, 1, "x", (4, 4), 256),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from ds4jax.pallas.rows import LANES, ring_place, segments
 from ds4jax.quants import QTensor
 
 ROWS = 8  # activation rows of a program
-HELD = 4  # rows of weights and activations, of 128 terms each, that a program has registers for
+HELD = 144  # registers for what a program loads before its first wait: with more, too few programs fit
 
 
 def tile_rows(format: str, rows: int, width: int) -> int:
@@ -74,69 +74,102 @@ def row_numbers(program: Any, total: int, most: int = ROWS) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Dots:
-    """Rows of one weight that a program multiplies: its steps, and for each row how to read a step of it.
+    """Rows of one weight that a program multiplies: its format and steps, and for each row how to read a step of it.
 
     act: (number of the row here, activation row) -> the references that its terms read, and the row in them.
     """
 
+    format: str
     steps: Sequence[Lanes]
     reads: Sequence[Callable[[Lanes], Term]]
     act: Callable[[int, Any], tuple[Any, Any]]
 
+    def registers(self, rows: int) -> tuple[int, int]:
+        """What a thread needs for all that is loaded of the weight, and of so many activation rows."""
+        weight, act = FORMATS[self.format].registers
+        share = sum(step.count for step in self.steps) / LANES
+        return round(share * weight * len(self.reads)), round(share * act * rows)
 
-def _lane_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> list[list[Array]]:
-    """Running sums of the lanes, f32 [lanes], for each activation row and each weight row (all weights in a row).
 
-    Step by step, so that what is loaded of a weight is soon done with, and all before the caller's first store: beyond
-    a store, activations would be loaded again.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How programs read a weight `[*lead, N, K]`: its arrays, the form of activations it takes, rows of a program."""
+
+    format: str
+    arrays: dict[str, Array]
+    rows: int
+    width: int
+    form: str
+    tile: int
+
+    @staticmethod
+    def of(w: Array | QTensor, coded: bool) -> Reader:
+        """For activations that may have codes."""
+        format, arrays = planes(w)
+        rows, width = w.shape[-2:]
+        return Reader(format, arrays, rows, width, form(format, coded), tile_rows(format, rows, width))
+
+    def dots(self, ptx: Instructions, refs: Any, rows: Sequence[tuple[Any, ...]], act: Any) -> Dots:
+        """Some rows, each given by all its indices; see `Dots` for `act`."""
+        reads = [functools.partial(FORMATS[self.format].read, ptx, refs, row) for row in rows]
+        return Dots(self.format, steps(self.format, self.width), reads, act)
+
+
+Step = Callable[[], list[list[Array]]]
+"""Terms of a step for each activation row and each weight row."""
+
+
+def load_steps(weight: Dots, ms: Sequence[Any], activations: bool) -> Iterator[Step]:
+    """Loads the weight step by step, and activations with it or when the terms are made."""
+    for lanes in weight.steps:
+        terms = [read(lanes) for read in weight.reads]
+        if activations:
+            ready = [[term(*weight.act(i, m)) for i, term in enumerate(terms)] for m in ms]
+            yield functools.partial(lambda ready: [[finish() for finish in row] for row in ready], ready)
+        else:
+            yield functools.partial(
+                lambda terms: [[term(*weight.act(i, m))() for i, term in enumerate(terms)] for m in ms], terms
+            )
+
+
+def added(steps: Iterable[Step]) -> list[list[Array]]:
+    """Running sums of the lanes over steps in order, f32 [lanes], for each activation row and each weight row.
+
+    What is not loaded yet is loaded before the caller's first store: beyond a store, it would be loaded again.
     """
-    totals: list[list[Array]] = [[] for _ in ms]
-    for weight in weights:
-        for number, lanes in enumerate(weight.steps):
-            terms = [read(lanes) for read in weight.reads]
-            for m, total in zip(ms, totals, strict=True):
-                fresh = [term(*weight.act(i, m))() for i, term in enumerate(terms)]
-                if number:
-                    fresh = [a + b for a, b in zip(total[-len(terms) :], fresh, strict=True)]
-                    del total[-len(terms) :]
-                total += fresh
-    return totals
 
+    def add(left: list[list[Array]], right: list[list[Array]]) -> list[list[Array]]:
+        return [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
 
-def _loaded_sums(weights: Sequence[Dots], ms: Sequence[Any]) -> Callable[[], list[list[Array]]]:
-    """Loads all that `_lane_sums` needs; what is returned makes the same sums."""
-    ready = []
-    for weight in weights:
-        terms = [[read(lanes) for read in weight.reads] for lanes in weight.steps]
-        for i in range(len(weight.reads)):
-            ready.append([[step[i](*weight.act(i, m)) for step in terms] for m in ms])
-
-    def sums() -> list[list[Array]]:
-        return [[functools.reduce(jnp.add, [term() for term in row[k]]) for row in ready] for k in range(len(ms))]
-
-    return sums
+    return functools.reduce(add, (step() for step in steps))
 
 
 def with_sums(
     ptx: Instructions,
-    live: Any,
+    known: Any,
     weights: Sequence[Dots],
     ms: Sequence[Any],
     body: Callable[[list[list[Array]]], None],
 ) -> None:
-    """Calls `body` with the sums for each activation row and each weight row.
+    """Calls `body` with the sums for each activation row and each weight row, the weights one after another.
 
-    If all that is loaded fits in registers, it is on its way before the first wait; where none of the rows exists,
-    nothing else is done then. Otherwise absent rows are computed like others: a branch that waits for the mask costs
-    more than their arithmetic, since the weights are read anyway.
+    If registers do for all that is loaded, it is on its way before the first wait. `known` is a loaded value: the sums
+    are in a branch on it, behind a fence, or the compiler would spread the loads over them. Otherwise they are made
+    whatever it is, step by step: a branch before the loads costs more than the arithmetic of absent rows.
     """
-    held = len(ms) + sum(len(weight.reads) for weight in weights)
-    if held * len(weights[0].steps) * weights[0].steps[0].count > HELD * LANES:
-        body([[ptx.tree_sum(x) for x in lanes] for lanes in _lane_sums(weights, ms)])
+    needs = [weight.registers(len(ms)) for weight in weights]
+    held = sum(own for own, _ in needs) + max(act for _, act in needs) <= HELD
+
+    def finish(steps: Sequence[Iterable[Step]]) -> None:
+        parts = [added(each) for each in steps]
+        body([[ptx.tree_sum(x) for part in parts for x in part[k]] for k in range(len(ms))])
+
+    if not held:
+        finish([load_steps(weight, ms, activations=False) for weight in weights])
         return
-    exists, sums = functools.reduce(jnp.maximum, [live[m] for m in ms]) != 0, _loaded_sums(weights, ms)
+    ready = [list(load_steps(weight, ms, activations=True)) for weight in weights]
     ptx.fence()
-    pl.when(exists)(lambda: body([[ptx.tree_sum(x) for x in lanes] for lanes in sums()]))
+    pl.when(known)(functools.partial(finish, ready))
 
 
 def project(
@@ -164,10 +197,8 @@ def project(
             of them end there; those of the other weights do not wait for this.
     """
     tiles = row_tiles(total)[1]
-    read = [planes(w) for w in ws]
-    sizes = [(w.shape[0], tile_rows(format, *w.shape)) for w, (format, _) in zip(ws, read, strict=True)]
-    forms = [form(format, a.q8 is not None) for format, _ in read]
-    programs = [n // tile for n, tile in sizes]
+    readers = [Reader.of(w, a.q8 is not None) for w in ws]
+    programs = [reader.rows // reader.tile for reader in readers]
     returned = len(ws) - len(rings)
 
     def kernel(
@@ -176,19 +207,20 @@ def project(
         column, ms = pl.program_id(1), row_numbers(pl.program_id(0), total)
 
         def products(index: int, begin: int) -> None:
-            (format, _), (n, tile), width = read[index], sizes[index], ws[index].shape[1]
-            act, out = acts[forms[index]], outs[index]
+            reader, out = readers[index], outs[index]
             targets = [(None, (m,)) if index < returned else ring_place(where, m) for m in ms]
-            chosen = [(column - begin) * tile + i for i in range(tile)]
-            reads = [functools.partial(FORMATS[format].read, ptx, weights[index], (row,)) for row in chosen]
-            dots = Dots(steps(format, width), reads, lambda i, m: (act, act_row(m, chosen[i], n)))
+            chosen = [(column - begin) * reader.tile + i for i in range(reader.tile)]
+
+            def act(i: int, m: Any) -> tuple[Any, Any]:
+                return acts[reader.form], act_row(m, chosen[i], reader.rows)
 
             def write(sums: list[list[Array]]) -> None:
                 for (exists, target), values in zip(targets, sums, strict=True):
                     for row, value in zip(chosen, values, strict=True):
                         store(out, value.astype(out.dtype), *target, row, mask=exists)
 
-            with_sums(ptx, live, [dots], ms, write)
+            dots = reader.dots(ptx, weights[index], [(row,) for row in chosen], act)
+            with_sums(ptx, functools.reduce(jnp.maximum, [live[m] for m in ms]) != 0, [dots], ms, write)
 
         def segment(index: int, begin: int) -> None:
             if index < len(wanted):
@@ -199,7 +231,7 @@ def project(
 
         segments(column, [(count, functools.partial(segment, index)) for index, count in enumerate(programs)])
 
-    shapes = [jax.ShapeDtypeStruct((total, n), f32) for n, _ in sizes[:returned]]
+    shapes = [jax.ShapeDtypeStruct((total, reader.rows), f32) for reader in readers[:returned]]
     return launch(
         kernel,
         (*shapes, *(jax.ShapeDtypeStruct(ring.shape, ring.dtype) for ring in rings)),
@@ -208,8 +240,8 @@ def project(
         live.astype(i32)[:: live.shape[0] // total],
         where,
         [rows.astype(i32) for rows in wanted],
-        activation_planes(live, a, set(forms), interpret),
-        [arrays for _, arrays in read],
+        activation_planes(live, a, {reader.form for reader in readers}, interpret),
+        [reader.arrays for reader in readers],
         name=name,
         warps=1,
         interpret=interpret,

@@ -185,7 +185,7 @@ def load(ref: Any, *index: Index, mask: Array | None = None, once: bool = False,
     """Loads `ref[index]`, zeros where `mask` is false.
 
     Args:
-        once: no other program reads it.
+        once: a program reads it once; it is the first to leave the cache.
         early: issued where it stands, among others of its kind. The assembler otherwise delays loads until registers
             would do for as many warps as a processor holds, and a kernel that has few waits for memory over and over.
     """

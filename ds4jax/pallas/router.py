@@ -23,11 +23,12 @@ def best(ranked: Array, experts: int, top_k: int) -> list[Array]:
 
     Compared as integers in the order of the values: of integers a warp finds the extreme one in one instruction.
     """
-    bits = lax.bitcast_convert_type(jnp.where(ranked == 0, 0.0, ranked), i32)  # one zero
+    bits = lax.bitcast_convert_type(jnp.where(ranked == 0, 0.0, ranked), i32)  # a zero of either sign is the same
     lane, places = jnp.arange(ranked.shape[0], dtype=i32), []
     key = jnp.where(lane < experts, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
     for _ in range(top_k):
-        place = jnp.min(jnp.where((key == jnp.max(key)) & (lane < experts), lane, experts))
+        # What is not a number may share the key of lanes without an expert.
+        place = jnp.min(jnp.where((key == jnp.max(key)) & (lane < experts), lane, experts - 1))
         key = jnp.where(lane == place, LOWEST, key)
         places.append(place)
     return places

@@ -1,7 +1,9 @@
 """What kernels with a program per row, or per part of a row, share.
 
 Such a program lives for a few waits on memory: it loads all it needs before it adds anything up, and stores last,
-because the compiler cannot know that a store leaves later loads alone.
+because the compiler cannot know that a store leaves later loads alone. Nor does it keep loads together: it spreads them
+over the arithmetic to save registers. Hence, where it matters, the loads, `ptx.fence()`, and the arithmetic in a branch
+behind it, on a value that was loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas.ptx import i32
 
 LANES = 128  # running sums of `ops.sums.ordered_sum`
-ROWS = 8  # so many rows run whether they exist or not: in parallel they cost less than a branch on memory
+ROWS = 8  # rows of a step: `when_live` runs so few whether they exist or not, a branch on memory costs more
 
 
 def when_live(live: Any, row: Any) -> Callable[[Callable[[], None]], None]:

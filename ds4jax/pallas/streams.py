@@ -140,9 +140,12 @@ def _mix(live: Array, x: Array, pending: Pending, fn: Array, *, interpret: bool)
 
         def for_every_row(body: Callable[[Any, list[Array]], None]) -> None:
             if tile > 1:
+
+                def one(row: Any) -> None:
+                    body(row, values(row)())
+
                 for m in range(tile):
-                    row = rows_from + m
-                    pl.when(live[row] != 0)(functools.partial(lambda row: body(row, values(row)()), row))
+                    pl.when(live[rows_from + m] != 0)(functools.partial(one, rows_from + m))
                 return
             exists, own = live[rows_from] != 0, values(rows_from)
             ptx.fence()
