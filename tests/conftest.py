@@ -75,7 +75,7 @@ def browser() -> Iterator[Any]:
 
 
 MOST_MAPS = 30000
-"""Of a process's memory. Every program that XLA:CPU has compiled takes some, and Linux allows 65,530 in all: beyond that
+"""Of a process's memory. Every program that XLA:CPU has compiled takes some, and Linux allows 65,530: beyond them
 compiling crashes."""
 
 
