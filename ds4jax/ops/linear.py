@@ -101,9 +101,12 @@ def linear(
 ) -> tuple[Float[Array, "T N"], ...]:
     """Projections of the same rows, each `w [N, K]`.
 
-    `wanted` holds, for the first weights, the rows for which their products are wanted; the others are unspecified.
+    `wanted` holds, for the first weights, the rows for which their products are wanted. The others are unspecified;
+    here they are NaN, so that whoever uses one notices.
     """
-    return tuple(matvec(a, w, precision=precision) for w in ws)
+    products = [matvec(a, w, precision=precision) for w in ws]
+    asked = [jnp.where(rows[:, None], y, jnp.nan) for rows, y in zip(wanted, products, strict=False)]
+    return (*asked, *products[len(wanted) :])
 
 
 def grouped_linear(a: Activation, w: Weight, *, precision: str) -> Float[Array, "T GR"]:
