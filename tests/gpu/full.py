@@ -1,8 +1,11 @@
-"""The full model's sizes on a GPU: `PYTHONPATH=.:tests python tests/gpu/full.py [--layers N] [--tokens N]`.
+"""The full model's sizes on a GPU.
 
-Random weights in the real file's types. Four layers are compared with the XLA reference; then the strict answers with
-and without drafts must have the same bits. Random weights would accept no draft, so a part of the drafts is taken from
-the answer without drafts. Exits with the number of failed checks.
+`PYTHONPATH=.:tests python tests/gpu/full.py [--layers N] [--tokens N] [--drafts K ...]`
+
+Random weights in the real file's types, but the indexers choose fewer rows, so that there is something to choose. Four
+layers are compared with the XLA reference; then the strict answers with and without drafts must have the same bits.
+Random weights would accept no draft, so a part of the drafts is taken from the answer without drafts. Exits with the
+number of failed checks.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from planned import Planned
+from runs import run
 
 from ds4jax.bench.synthetic import flash, make_params
 from ds4jax.config import ModelConfig, Numerics
@@ -24,32 +28,23 @@ from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import Generation, Limits
-from ds4jax.model.cache import init_cache
-from ds4jax.model.transformer import DeepSeekV4
 from gpu.run import FLOATS, KERNELS, REFERENCE, Report
 
 BOUND = 1e-4  # of logits, relative to the largest: float dots of up to 16,384 products in another order, four layers
-PROMPT = np.arange(1, 131, 2, dtype=np.int32) * 997
+PROMPT = np.arange(1, 145, dtype=np.int32) * 897  # longer than a window of the layers that compress most
+TOP_K = 32  # rows that an indexer chooses: fewer than the prompt has
+ROWS = 16  # of a call, to read the prompt
 HOT = Sampling(temperature=0.8, top_p=0.95)
 RIGHT = 0.7  # share of drafts that are taken from the answer
 
 
 def four_layers() -> tuple[bool, str]:
     """Logits of a prompt by kernels and by the reference, with float activations."""
-    config = flash(4)
-    params = make_params(config, seed=1)
-    tokens, one = jnp.asarray(PROMPT[None, :16]), jnp.ones(1, jnp.int32)
+    config = dataclasses.replace(flash(4), index_topk=TOP_K)
+    params, pieces = make_params(config, seed=1), [ROWS] * (len(PROMPT) // ROWS)
 
     def logits(numerics: Numerics) -> np.ndarray:
-        numerics = numerics.replace(**FLOATS)
-        model = DeepSeekV4(config, numerics)
-
-        def run(params: Any) -> Any:
-            cache = init_cache(config, numerics, 1, 256, tokens.shape[1])
-            streams, _ = model.apply({"params": params}, tokens, cache, 0 * one, tokens.shape[1] * one)
-            return model.apply({"params": params}, streams, jnp.ones(tokens.shape, bool), method="logits")
-
-        return np.asarray(jax.jit(run, compiler_options=numerics.compiler_options)(params))
+        return run(config, numerics.replace(**FLOATS), params, PROMPT, pieces, context=2 * len(PROMPT)).logits
 
     got, want = logits(KERNELS), logits(REFERENCE)
     worst = float(np.abs(got - want).max() / np.abs(want).max())
@@ -77,7 +72,7 @@ def answer(generate: Generate, program: Any, params: Any, sampling: Sampling) ->
 
 def streams(layers: int, tokens: int, drafts: list[int]) -> tuple[bool, str]:
     """Strict answers, greedy and sampled, with every number of drafts."""
-    config = dataclasses.replace(flash(layers), has_mtp=True)
+    config = dataclasses.replace(flash(layers), has_mtp=True, index_topk=TOP_K)
     limits = Limits(batch=1, prompt=len(PROMPT), new_tokens=tokens, chunk=1)
     free = jnp.full((1, limits.context + 1), -1, jnp.int32)
     params = {**make_params(config, seed=2), "plan": free}
@@ -110,6 +105,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--drafts", type=int, nargs="*", default=[0, 1, 2, 3])
     given = parser.parse_args()
+    drafts = sorted({0, *given.drafts})  # with what the others are compared, first
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
     if device.platform != "gpu":
@@ -117,7 +113,7 @@ def main() -> int:
         return 1
     report = Report()
     report.check("four layers", four_layers)
-    report.check("strict answers", lambda: streams(given.layers, given.tokens, given.drafts))
+    report.check("strict answers", lambda: streams(given.layers, given.tokens, drafts))
     return report.failed
 
 
