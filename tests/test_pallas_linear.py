@@ -118,7 +118,8 @@ def test_linear_equals_reference_and_numpy(name):
 
 def test_several_weights_in_one_launch_and_more_rows_than_a_program():
     """Eleven rows are two programs of six, the last of which repeats row 10. Returned results, and results written
-    to the end and the beginning of rings of two sequences; absent rows have places too, and leave them."""
+    to the end and the beginning of rings of two sequences; absent rows have places too, and leave them, also if they
+    are all that a program has."""
     rng = np.random.default_rng(3)
     x, w = (jnp.asarray(rng.integers(-8, 9, shape).astype(np.float32)) for shape in ((11, 64), (2, 64)))  # exact dots
     a, live = quantise(x, act="q8"), everyone(11).at[jnp.array([2, 8])].set(False)
@@ -136,6 +137,9 @@ def test_several_weights_in_one_launch_and_more_rows_than_a_program():
     results, written = run(everyone(1), *jax.tree.map(lambda v: v[10:], (a, sequence, place)), *shared)
     assert_equal(results, [v[10:] for v in got[0]])
     assert_equal([ring[1, 0] for ring in written], [ring[1, 0] for ring in got[1]])
+    _, written = run(live & (sequence == 0), a, sequence, place, *shared)
+    assert_equal([ring[0] for ring in written], [ring[0] for ring in got[1]])
+    assert_equal([ring[1] for ring in written], [ring[1] for ring in rings])
     for ring, before in zip(got[1], rings, strict=True):
         changed = (np.asarray(ring) != np.asarray(before)).any(axis=2)
         assert [np.nonzero(places)[0].tolist() for places in changed] == [[0, 1, 2, 4, 5], [0, 3, 4, 6]]
@@ -150,6 +154,19 @@ def test_wanted_products():
     want = jax.jit(functools.partial(reference.linear, precision="highest"))(a, (), *ws)
     assert_equal((got[0][5:], got[1]), (want[0][5:], want[1]))
     assert np.isnan(got[0][:5]).all()
+    first = jnp.arange(9) < 5  # none of the other program's rows exist: it ends as well
+    got = run(first, a, (jnp.arange(9) == 3,), *ws)
+    assert_equal([y[:5] for y in got], [y[:5] for y in want])
+    assert np.isnan(jnp.stack(got)[:, 5:]).all()
+
+
+def test_long_rows_of_weights():
+    """Two steps of lanes: for one activation row both are loaded before the first is used, for two they are not."""
+    weight, a = stored("Q8_0", 2, 8192), jax.jit(functools.partial(quantise, act="q8"))(rows(2, 8192))
+    run = jax.jit(functools.partial(kernels.linear, interpret=True))
+    (got,), (alone,) = (run(everyone(len(one.x)), one, (), weight) for one in (a, jax.tree.map(lambda v: v[1:], a)))
+    assert_equal(got, jax.jit(functools.partial(reference.linear, precision="highest"))(a, (), weight)[0])
+    assert_equal(alone, got[1:])
 
 
 def test_grouped_linear():
