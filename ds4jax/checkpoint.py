@@ -93,9 +93,9 @@ def load_params(
     """Parameters of the model on a device, and the census of its files.
 
     Memory stays bounded: tensors are mapped, uploaded and rearranged a slab at a time. `cache_bytes` is what the caller
-    will allocate beside the weights. With `draft_tokens` the MTP block gets a head of its own, see `with_draft_head`.
-    Raises CheckpointError if the files are not this model, and CapacityError, before anything is read, if weights and
-    cache do not fit.
+    will allocate beside the weights. With `draft_tokens` the MTP block, which there must be, gets a head of its own
+    (`with_draft_head`). Raises CheckpointError if the files are not this model, and CapacityError, before anything is
+    read, if weights and cache do not fit.
     """
     device = device or jax.local_devices()[0]
     plan = make_plan(main, mtp, config)

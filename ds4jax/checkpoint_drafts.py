@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from ds4jax.errors import ConfigError
 
+_DIGITS = 20  # more than an id has, and fewer than `int` refuses
 _MAKE = "make the list with this model's tokenizer: ds4jax draft-tokens"
 
 
@@ -28,7 +29,8 @@ def read_draft_tokens(path: str | Path, vocab_size: int) -> Int[np.ndarray, " n"
     seen: set[int] = set()
     for number, line in enumerate(lines, 1):
         text = line.strip()
-        if not (text.isascii() and text.isdecimal()) or int(text) >= vocab_size:
+        digits = text.isascii() and text.isdecimal() and len(text) <= _DIGITS
+        if not digits or int(text) >= vocab_size:
             expected = f"expected a token id from 0 to {vocab_size - 1}"
             raise ConfigError(f"{path}: line {number}: {expected}, found {text[:40]!r}; {_MAKE}")
         if int(text) in seen:
@@ -42,7 +44,7 @@ def read_draft_tokens(path: str | Path, vocab_size: int) -> Int[np.ndarray, " n"
 def with_draft_head(params: dict[str, Any], ids: Int[np.ndarray, " n"]) -> dict[str, Any]:
     """Parameters whose MTP block has a head of its own: the rows of the model's head for these tokens, as stored.
 
-    `head` is [n, D] and `place` i32 [V]: the row of each token, n where it has none.
+    `head` is [n, D] and `place` i32 [V]: the row of each token, n where it has none. There must be an MTP block.
     """
     return params | {"mtp": params["mtp"] | _draft_head(params["head"], ids)}
 

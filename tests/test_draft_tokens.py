@@ -61,6 +61,7 @@ def test_a_list_is_read_in_any_order(tmp_path):
         ("1\n\n2", "line 2: expected a token id from 0 to 319, found ''; make the list"),
         ("-1", "line 1: expected a token id from 0 to 319, found '-1'; make the list"),
         ("1.5", "line 1: expected a token id from 0 to 319, found '1.5'; make the list"),
+        ("9" * 5000, f"line 1: expected a token id from 0 to 319, found '{'9' * 40}'; make the list"),
         ("319\n320", "line 2: expected a token id from 0 to 319, found '320'; make the list"),
         ("4\n5\n04", "line 3: expected every id once, found 04 again; remove the line"),
         (b"\xff", "expected a text file with one token id a line: not UTF-8 text; make the list"),
