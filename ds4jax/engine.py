@@ -277,6 +277,8 @@ def load(
     if context is not None and not 2 <= context <= config.max_position_embeddings:
         raise ConfigError(f"context = {context}, expected from 2 to the model's {config.max_position_embeddings}")
     drafted = None if draft_tokens is None else read_draft_tokens(draft_tokens, config.vocab_size)
+    if str(speculative) in ("off", "0"):
+        drafted = None  # the list need only be valid
     longest = context or config.max_position_embeddings
     least = context or min(SMALLEST_CONTEXT, longest)
     if fit_card:  # before anything starts JAX, as the choice of a chunk does
@@ -289,7 +291,6 @@ def load(
     speculation = Speculation.of(speculative, draft_cost(numerics)).check(config)
     check_compiler_options(numerics)
     room = cache_nbytes(config, numerics, sequences, least, max(chunk, 1 + speculation.drafts))
-    drafted = drafted if speculation.drafts else None
     params, census = load_params(main, second, config, progress=progress, cache_bytes=room, draft_tokens=drafted)
     seconds = time.perf_counter() - began
     return Engine(

@@ -174,9 +174,11 @@ def test_loading_asks_for_weights_and_caches(monkeypatch, tmp_path):
     weights = describe(open_gguf(F32)).census.device_bytes
     assert asked == [(weights, 1024, 1024), (weights, 64, 64), (weights, 192, 192), (weights, 512, 512)]
     (tmp_path / "list.txt").write_text("5\n7\n")
-    with pytest.raises(CapacityError):
-        engine.load(F32, fit_card=True, context=64, draft_tokens=tmp_path / "list.txt")
-    assert asked[-1] == (weights + 2 * 64 * 4 + 320 * 4, 64, 64)  # two rows of the head, and the place of every token
+    head = 2 * 64 * 4 + 320 * 4  # two rows of the head, and the place of every token
+    for speculative, more in (("off", 0), (0, 0), (1, head), ("auto", head)):
+        with pytest.raises(CapacityError):
+            engine.load(F32, fit_card=True, context=64, draft_tokens=tmp_path / "list.txt", speculative=speculative)
+        assert asked[-1] == (weights + more, 64, 64)
     monkeypatch.setattr(engine, "SMALLEST_CONTEXT", 256)
     with pytest.raises(CapacityError):
         engine.load(F32, fit_card=True)
