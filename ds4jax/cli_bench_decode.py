@@ -71,7 +71,7 @@ def decode(
         raise RequestError(f"--synthetic {synthetic} and {other} are both given; leave one out")
     contexts, prompts = numbers("--context", context), numbers("--prefill", prefill)
     depths, rates = sorted(set(numbers("--drafts", drafts))), numbers("--accept", accept, float)
-    heads = numbers("--draft-rows", draft_rows)
+    heads = sorted(set(numbers("--draft-rows", draft_rows)))
     counts = numbers("--rows", rows if rows or drafts or prefill else "1,3")
     take_whole_card()
     import jax

@@ -171,7 +171,7 @@ def test_generation(monkeypatch, small, tmp_path):
     monkeypatch.setattr(generation, "check_finite", lambda cache, context: ends.append(int(cache.length[0])))
     file = tmp_path / "drafts.csv"
     arguments = ("--synthetic", "tiny", "--context", "40,64", "--steps", "3", "--drafts", "2,0", "--accept", "1,0")
-    result = run(*arguments, "--draft-rows", "16", "--prefill", "20,200", "--csv", file)
+    result = run(*arguments, "--draft-rows", "16,16", "--prefill", "20,200", "--csv", file)
     assert result.exit_code == 0, result.output
     lines = table(file)
     columns = ("measure", "drafts", "draft_rows", "acceptance", "context", "tokens_per_step", "ratio_to_no_drafts")
