@@ -43,7 +43,10 @@ class Case:
     def call(
         self, num: Numerics, live: Live, rows: Any, weights: tuple[Any, ...], caches: tuple[Any, ...]
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Results of one call, and the caches that it has written."""
+        """Results of one call, and the caches that it has written.
+
+        Without caches the results are as the operation returns them; otherwise they are a list of the other arrays.
+        """
         results = ops.call(self.op, num, live, rows, (*weights, *caches), **self.settings)
         if not caches:
             return results, ()

@@ -76,7 +76,10 @@ def _choose(num: Numerics, name: str, shared: tuple[Any, ...]) -> str:
 
 
 def absent_rows_are_free(num: Numerics) -> bool:
-    """Whether projections cost only the rows that exist: where they are taken one by one. A kernel computes all."""
+    """Whether projections cost only the rows that exist: where they are taken one by one.
+
+    A kernel computes those that share a program with one that exists.
+    """
     return num.rows == "loop" and implementation(num, "linear") == "xla"
 
 

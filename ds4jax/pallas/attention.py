@@ -38,14 +38,16 @@ from ds4jax.pallas.quantise import quantise, store_q8
 from ds4jax.pallas.rope import angles, swapped, turn
 from ds4jax.pallas.rows import ROWS, part_size, when_live
 
-# Part of the definition of the result.
 HEADS = 8  # of a program: the fewest that tensor cores take (`dot_stacked`)
 LISTED_HEADS = 16  # of a program where rows are listed: so many keys are better read for more heads at a time
+
+# The definition of the result: which scores and values are added up first. The order within a tile is the compiler's,
+# for which the number of heads may count too.
 PART = 32  # keys of a step: the fewest that give each of four warps a tile of scores
 MOST = 32  # parts of the compressed rows
 FEATURES = 128  # of a tile
-LISTED_FIRST, FIRST = 16, 4  # parts of compressed rows that it takes with those of the window: listed, counted
-STEP = 32  # parts that it takes at once after them
+LISTED_FIRST, FIRST = 16, 4  # parts of compressed rows that the combination takes with those of the window
+STEP = 32  # parts that it takes at once after those
 
 WORKSPACE = 1 << 26  # bytes of partial results at a time, unless one row needs more
 
@@ -182,7 +184,7 @@ def _combine(
     head, piece, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, splits = maximum.shape[1:]
     depth, per_group = acc.shape[3], heads // groups
-    feature, rotated = piece * chunk + jnp.arange(chunk, dtype=i32), depth - 2 * cos.shape[1]
+    feature, tail = piece * chunk + jnp.arange(chunk, dtype=i32), depth - 2 * cos.shape[1]
 
     @when_live(live, row)
     def _() -> None:
@@ -214,7 +216,7 @@ def _combine(
                 value += jnp.sum(jnp.where(full[:, None], weight[:, None] * tile, 0.0), axis=0)
             return highest, denominator, value
 
-        factors = angles(cos, sin, row, feature - rotated, inverse=True)
+        factors = angles(cos, sin, row, feature - tail, inverse=True)
         window = jnp.arange(next_power(near), dtype=i32)
         known = [(window, window < near, window < near)]
         begin = near + (LISTED_FIRST if visible is None else FIRST)
@@ -233,7 +235,7 @@ def _combine(
             state = lax.fori_loop(0, steps, step, state)
         _, denominator, value = state
         y = value / denominator
-        y = jnp.where(feature >= rotated, turn(y, swapped(y), *factors), y)
+        y = jnp.where(feature >= tail, turn(y, swapped(y), *factors), y)
         group, place = row * groups + head // per_group, head % per_group * depth + piece * chunk
         store(out, y, group, pl.ds(place, chunk))
         if codes:

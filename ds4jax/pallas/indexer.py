@@ -94,8 +94,8 @@ def _range(key: Array, total: Array, top_k: int) -> tuple[Array, Array, Array, A
     """Where to search for the `top_k`-th of `total` keys, of which the highest is `HIGHEST`; others are `LOWEST`.
 
     Returns:
-        Keys in the same order as far as they are in the range, -1 below it; its first key, 0 or more; how many reach
-        it, at least `top_k` if there are so many; and the bit that halves it.
+        Keys of at least -1, in the same order as far as they are in the range, less below it, the highest above it; its
+        first key, 0 or more; how many reach it, at least `top_k` if there are so many; and the bit that halves it.
     """
     upper = jnp.maximum(key, -1)
     found = _reaching(upper, HIGHEST - NEAR + 1)
