@@ -13,10 +13,11 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas.fp4 import fp4_round_trip, hadamard
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power, split_f16, store
 from ds4jax.pallas.rope import angles, partner_of, turn
+from ds4jax.pallas.rows import LOWEST, ordered
 
 KEYS = 128  # rows that a program scores
 CHUNK = 4096  # candidates of which a program selects the best, unless they are fewer than two lists
-LOWEST, HIGHEST = -(2**31), 2**31 - 1  # keys of scores are above the first
+HIGHEST = 2**31 - 1
 NEAR = 2**25  # keys of positive scores within a factor of 16: mostly the best are so near the highest
 
 
@@ -147,8 +148,7 @@ def _select(
     @pl.when((exists != 0) & (part * chunk < length) & (length > top_k))
     def _() -> None:
         valid = at < length
-        bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), i32)  # one zero
-        key = jnp.where(valid, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
+        key = jnp.where(valid, ordered(score), LOWEST)
         key = jnp.where(valid, key + (HIGHEST - jnp.max(key)), LOWEST)  # distances stay
         key, low, count, bit = _range(key, jnp.minimum(length - part * chunk, size), top_k)
 

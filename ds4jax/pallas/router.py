@@ -6,26 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 
 from ds4jax.activation import Activation
 from ds4jax.pallas.dots import partial_dots
 from ds4jax.pallas.ptx import Instructions, f32, i32, launch, load, next_power
-from ds4jax.pallas.rows import add_in_tree, pick, when_live
+from ds4jax.pallas.rows import LOWEST, add_in_tree, ordered, pick, when_live
 
 MIN_WEIGHT_SUM = 2.0**-14  # `ops.moe.MIN_WEIGHT_SUM`
-LOWEST = -(2**31)  # below the key of every value
 
 
 def best(ranked: Array, experts: int, top_k: int) -> list[Array]:
-    """The experts of the largest values, best first, the lower one on a tie.
-
-    Compared as integers in the order of the values: of integers a warp finds the extreme one in one instruction.
-    """
-    bits = lax.bitcast_convert_type(jnp.where(ranked == 0, 0.0, ranked), i32)  # a zero of either sign is the same
+    """The experts of the largest values, best first, the lower one on a tie."""
     lane, places = jnp.arange(ranked.shape[0], dtype=i32), []
-    key = jnp.where(lane < experts, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)
+    key = jnp.where(lane < experts, ordered(ranked), LOWEST)
     for _ in range(top_k):
         # What is not a number may share the key of lanes without an expert.
         place = jnp.min(jnp.where((key == jnp.max(key)) & (lane < experts), lane, experts - 1))

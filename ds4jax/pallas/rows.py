@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.ptx import i32
 
+LOWEST = -(2**31)  # below the key (`ordered`) of every number
 LANES = 128  # running sums of `ops.sums.ordered_sum`
 ROWS = 8  # rows of a step: `when_live` runs so few whether they exist or not, a branch on memory costs more
 
@@ -59,6 +60,12 @@ def pick(x: Array, place: Any) -> Array:
     """One element of a tile `[n]` as a scalar: its bits, since a warp adds integers in one instruction."""
     bits = lax.bitcast_convert_type(x, i32)
     return lax.bitcast_convert_type(jnp.sum(jnp.where(jnp.arange(x.shape[0], dtype=i32) == place, bits, 0)), x.dtype)
+
+
+def ordered(x: Array) -> Array:
+    """Keys in the order of the values, i32; zeros of either sign are equal. A warp finds the highest in one step."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), i32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def add_in_tree(parts: list[Array]) -> Array:
