@@ -28,7 +28,7 @@ from ds4jax.decode.generate import Generate
 from ds4jax.decode.sampling import GREEDY, Sampling
 from ds4jax.decode.speculation import Speculation
 from ds4jax.decode.state import Generation, Limits
-from gpu.run import FLOATS, KERNELS, REFERENCE, Report
+from gpu.run import FLOATS, KERNELS, REFERENCE, Report, on_card
 
 BOUND = 1e-4  # of logits, relative to the largest: float dots of up to 16,384 products in another order, four layers
 PROMPT = np.arange(1, 145, dtype=np.int32) * 897  # longer than a window of the layers that compress most
@@ -106,12 +106,9 @@ def main() -> int:
     parser.add_argument("--drafts", type=int, nargs="*", default=[0, 1, 2, 3])
     given = parser.parse_args()
     drafts = sorted({0, *given.drafts})  # with what the others are compared, first
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
-    if device.platform != "gpu":
-        print("no GPU")
-        return 1
     report = Report()
+    if not on_card():
+        return 1
     report.check("four layers", four_layers)
     report.check("strict answers", lambda: streams(given.layers, given.tokens, drafts))
     return report.failed

@@ -65,6 +65,13 @@ class Report:
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {detail} [{time.perf_counter() - begun:.1f} s]", flush=True)
 
 
+def on_card() -> bool:
+    """Says what the checks run on, and whether it is a GPU."""
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+    return device.platform == "gpu"
+
+
 def loading() -> tuple[bool, str]:
     """Tensors that the card rearranges, slab by slab, against the host's planes, on random bytes."""
     rng, wrong = np.random.default_rng(0), []
@@ -256,12 +263,9 @@ def main() -> int:
     parser.add_argument("--drafts", nargs="*", default=["off", "1", "2", "3", "auto"])
     parser.add_argument("--tokens", type=int, default=200)
     given = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
-    if device.platform != "gpu":
-        print("no GPU")
-        return 1
     report = Report()
+    if not on_card():
+        return 1
     report.check("instructions", instructions)
     report.check("loading", loading)
     report.check("simulated formats", grids)
